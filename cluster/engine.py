@@ -1,0 +1,84 @@
+"""The Ray engine: asks sites, keeps its own deadline, and says who answered and who is lost."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from fedsam_core.federation.engine import describe_failure
+
+# A reply that was ready in time may still have to come over from the site's node after the deadline.
+_FETCH_SECONDS = 30.0
+
+
+class RayEngine:
+    """Carries calls to site actors (`cluster.site.SiteActor`); fulfills `fedsam_core.federation.engine.Engine`.
+
+    The deadline is kept here, not by Ray, which may take long to notice a dead node and never notices a silent one.
+    Numpy arrays in replies and in shared values are read-only: they lie in Ray's shared memory.
+    """
+
+    def __init__(self, actors: Mapping[str, ActorHandle]) -> None:
+        self._actors = {site: actors[site] for site in sorted(actors)}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self._actors)
+
+    def share(self, value: Any) -> Any:
+        """Puts `value` into the object store once; Ray hands it to every site that gets the handle as a keyword."""
+        return ray.put(value)
+
+    def call(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Calls `method` at the sites named in `args` at once; see the protocol.
+
+        A site that misses the deadline is lost for this call only: an answer that comes later is ignored, and a call
+        that it has not yet begun is withdrawn.
+        """
+        end = time.monotonic() + deadline
+        pending: dict[ray.ObjectRef, str] = {}
+        replies: dict[str, Any] = {}
+        lost: dict[str, str] = {}
+        for site in sorted(args):
+            try:
+                pending[self._actors[site].call.remote(method, **args[site])] = site
+            except Exception as error:  # keywords that cannot be serialized: this site's failure, not the others'
+                lost[site] = describe_failure(error)
+        while pending:
+            # One at a time and not fetched: a larger num_returns can come back empty while one site straggles.
+            ready, _ = ray.wait(
+                list(pending), num_returns=1, timeout=max(0.0, end - time.monotonic()), fetch_local=False
+            )
+            if not ready:
+                break
+            site = pending.pop(ready[0])
+            try:
+                replies[site] = ray.get(ready[0], timeout=max(_FETCH_SECONDS, end - time.monotonic()))
+            except Exception as error:
+                lost[site] = _reason(error)
+        for ref, site in pending.items():
+            lost[site] = f"no answer to {method} within {deadline:g} s"
+            ray.cancel(ref)
+        return {site: replies[site] for site in sorted(replies)}, {site: lost[site] for site in sorted(lost)}
+
+    def close(self) -> None:
+        """Ends the site actors for good."""
+        for actor in self._actors.values():
+            ray.kill(actor, no_restart=True)
+        self._actors.clear()
+
+
+def _reason(error: Exception) -> str:
+    """Why a site is lost, in one line."""
+    if isinstance(error, RayTaskError):
+        return describe_failure(error.cause) if isinstance(error.cause, Exception) else describe_failure(error)
+    if isinstance(error, GetTimeoutError):
+        return "its answer could not be fetched from its node"
+    if isinstance(error, RayError):
+        return f"its actor or node died ({type(error).__name__})"
+    return describe_failure(error)

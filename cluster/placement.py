@@ -1,0 +1,157 @@
+"""Which node and which GPU is whose: pure functions over what the cluster says it has.
+
+A site's own node announces the custom resource `site_<id>`, with the id exactly as it stands in the cohort:
+`ray start --address=HEAD:6379 --resources='{"site_RUNMC": 1}'`. A site whose resource exists is pinned to it; where no
+site of the run has one (a laptop, a single big machine) sites go wherever there is room.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from pydantic import Field
+
+from fedsam_core.errors import ClusterError
+from fedsam_core.settings import Settings
+
+# Actors hold a sliver of their site's resource: it pins them, and leaves room for a second run at the same site.
+_PIN = 0.001
+_SITE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class SiteNeeds(Settings):
+    """What one site's actor asks of Ray."""
+
+    cpus: float = Field(1.0, ge=0, description="CPUs that a site's actor reserves")
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs a site reserves (a fraction shares one); unset: 1 where its nodes have GPUs, else 0"
+    )
+    pin: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="hold each site to nodes with its resource site_<id>: auto = where the cluster has such resources",
+    )
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node: its address and what it has in all (not what is free)."""
+
+    name: str
+    cpus: float = 0.0
+    gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """What a site's actor is created with."""
+
+    cpus: float
+    gpus: float
+    resources: Mapping[str, float]
+
+    def to_ray(self) -> dict[str, Any]:
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": dict(self.resources)}
+
+
+def site_resource(site: str) -> str:
+    """Name of the custom resource that stands for a site's own node.
+
+    Raises:
+        ClusterError: the id cannot be part of a resource name.
+    """
+    if not _SITE_ID.fullmatch(site):
+        raise ClusterError(
+            f"site id {site!r} cannot name a Ray resource: use letters, digits, '_', '.' and '-', beginning with a letter or digit"
+        )
+    return f"site_{site}"
+
+
+def cluster_nodes() -> tuple[Node, ...]:
+    """The living nodes of the connected cluster, with what they have in all."""
+    return tuple(
+        Node(
+            name=node["NodeManagerAddress"],
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+            resources=dict(node["Resources"]),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
+def plan(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> dict[str, ActorOptions]:
+    """What each site's actor is created with. Says what is wanted; whether it can be had is `preflight`'s."""
+    sites = sorted(sites)
+    pinned = needs.pin == "always" or (needs.pin == "auto" and any(_home(site, nodes) for site in sites))
+    options = {}
+    for site in sites:
+        # A pinned site has a GPU if its own nodes have one, whatever the neighbours have.
+        has_gpu = any(node.gpus > 0 for node in (_home(site, nodes) if pinned else nodes))
+        options[site] = ActorOptions(
+            cpus=needs.cpus,
+            gpus=needs.gpus if needs.gpus is not None else float(has_gpu),
+            resources={site_resource(site): _PIN} if pinned else {},
+        )
+    return options
+
+
+def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> None:
+    """Finds out whether all sites fit into the cluster at once; a Ray actor that does not fit would wait for ever.
+
+    Raises:
+        ClusterError: names every site that does not fit, what it lacks, what the cluster has, and the fix.
+    """
+    sites = sorted(sites)
+    if not nodes:
+        raise ClusterError("the Ray cluster has no living node: start one with `ray start --head`")
+    wanted = plan(sites, nodes, needs)
+    free = {id(node): [node.cpus, node.gpus] for node in nodes}
+    problems = []
+    for site in sites:
+        options = wanted[site]
+        homes = _home(site, nodes) if options.resources else nodes
+        if not homes:
+            resource = site_resource(site)
+            known = sorted({name for node in nodes for name in node.resources if name.startswith("site_")})
+            problems.append(
+                f"site {site} needs the resource {resource}, the cluster has {', '.join(known) or 'no site_* resource'}: "
+                f"start its node with --resources='{{\"{resource}\": 1}}' or set pin=never"
+            )
+            continue
+        room = next(
+            (node for node in homes if free[id(node)][0] >= options.cpus and free[id(node)][1] >= options.gpus), None
+        )
+        if room is None:
+            problems.append(_no_room(site, options, homes, free))
+        else:
+            free[id(room)][0] -= options.cpus
+            free[id(room)][1] -= options.gpus
+    if problems:
+        raise ClusterError("; ".join(problems))
+
+
+def _home(site: str, nodes: Sequence[Node]) -> list[Node]:
+    """The nodes that announce the site's resource."""
+    return [node for node in nodes if node.resources.get(site_resource(site), 0.0) > 0]
+
+
+def _no_room(site: str, options: ActorOptions, homes: Sequence[Node], free: Mapping[int, Sequence[float]]) -> str:
+    """One line on a site for which no node has enough left: what it asks for and what its nodes have."""
+    where = "its nodes" if options.resources else "the nodes"
+    offers = ", ".join(
+        f"{node.name} {free[id(node)][0]:g} of {node.cpus:g} CPU and {free[id(node)][1]:g} of {node.gpus:g} GPU"
+        for node in homes
+    )
+    fixes = []
+    if all(free[id(node)][0] < options.cpus for node in homes):
+        fixes.append("lower cpus or add CPUs")
+    if all(free[id(node)][1] < options.gpus for node in homes):
+        fixes.append("lower gpus (a fraction shares one) or add GPUs")
+    return (
+        f"site {site} needs {options.cpus:g} CPU and {options.gpus:g} GPU on one node, {where} have left after the other "
+        f"sites: {offers}: {' and '.join(fixes) or 'lower cpus or gpus, or add a node'}"
+    )

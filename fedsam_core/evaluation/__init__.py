@@ -1,0 +1,1 @@
+"""Whole-volume inference, scores in the scan's own geometry, and pictures of them."""

@@ -1,0 +1,279 @@
+"""Pictures: contours of truth and prediction over slices of a scan, and Dice by site and class as bars.
+
+All figures are drawn on an Agg canvas of their own (no pyplot, no global state), so they can be made in any thread and
+on machines without a display, and come out byte-equal for equal input. Pictures of synthetic data say so.
+"""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
+
+from fedsam_core.data.cohort import Case, Cohort
+from fedsam_core.data.files import write_atomic
+from fedsam_core.data.geometry import Geometry, Plane, slice_plane
+from fedsam_core.data.scans import read_image
+from fedsam_core.evaluation.metrics import CaseScore, truth_on_scan_grid
+
+Array = np.ndarray[Any, Any]
+
+# Okabe and Ito's palette, told apart with any color vision, in the order that stands out best on gray tissue.
+COLORS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00")
+TRUTH: dict[str, Any] = {"linestyle": "solid"}
+PREDICTION: dict[str, Any] = {"linestyle": (0, (2.2, 1.4))}
+SYNTHETIC = "SYNTHETIC PHANTOM DATA"
+SOFT_TISSUE_HU = (-160.0, 240.0)
+MARGIN_MM = 20.0
+DPI = 120
+
+# What lies at the left, right, top and bottom edge of a slice, as `data.geometry` turns it: radiological convention.
+SIDES: dict[Plane, str] = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
+ACROSS: dict[Plane, str] = {"axial": "SI", "coronal": "AP", "sagittal": "RL"}
+
+
+def pick_slices(labels: Array, count: int) -> list[int]:
+    """Up to `count` slices of a label map [D, H, W] that show the structures best, in order.
+
+    The slices that hold foreground are split into `count` runs and the fullest slice of each is taken, so that the
+    picture covers the structures from end to end. Every class weighs alike, a small tumor as much as a kidney. Without
+    any foreground the slices are spread over the volume.
+    """
+    weight = np.zeros(len(labels))
+    for value in range(1, int(labels.max(initial=0)) + 1):
+        area = np.count_nonzero(labels == value, axis=(1, 2))
+        weight += area / max(area.sum(), 1)
+    candidates = np.flatnonzero(weight) if weight.any() else np.arange(len(labels))
+    runs = np.array_split(candidates, min(count, len(candidates)))
+    return [int(run[np.argmax(weight[run])] if weight.any() else run[len(run) // 2]) for run in runs]
+
+
+def overlay(cohort: Cohort, score: CaseScore, prediction: Array, path: Path, panels: int = 6) -> None:
+    """Writes a PNG, atomically: slices of a scored scan with the outlines of truth (solid) and prediction (dashed).
+
+    Scan and truth are read from their own files. Radiological convention, with the letters of the body's sides on every
+    panel; slices are numbered as in the file, from 0; pixels keep the scan's proportions.
+
+    Args:
+        cohort: holds the case, names classes and cohort, and says whether it is synthetic.
+        score: score of the prediction; names the case.
+        prediction: uint8 [X, Y, Z] on the scan's own grid.
+        path: the PNG to write.
+        panels: at most this many slices.
+
+    Raises:
+        DataError: scan or label file cannot be read, or the disk refuses.
+        ValueError: the cohort has no such case, or the prediction is not on the scan's grid.
+    """
+    case = next((case for case in cohort.cases if case.id == score.case), None)
+    if case is None or prediction.shape != case.shape:
+        raise ValueError(
+            f"a prediction of shape {prediction.shape} does not belong to a case {score.case} of the cohort"
+        )
+    scan = read_image(Path(case.image))
+    plane = slice_plane(case.spacing, case.orientation)
+    geometry = Geometry.plan(scan.affine, case.shape, plane, spacing=None)  # native: only turns the axes
+    image = geometry.to_slices(_gray(scan.voxels, case, cohort), order=1)
+    truth = geometry.to_slices(truth_on_scan_grid(case), order=0)
+    drawn = geometry.to_slices(prediction, order=0)
+    numbers = _slice_numbers(geometry, case)
+
+    chosen = pick_slices(truth if truth.any() else drawn, panels)
+    _, row_mm, column_mm = geometry.spacing
+    rows, columns = _window((truth[chosen] > 0) | (drawn[chosen] > 0), (row_mm, column_mm))
+    across = min(3, len(chosen))
+    down = -(-len(chosen) // across)
+    tallness = min(max(_size(rows) * row_mm / (_size(columns) * column_mm), 0.4), 1.6)
+    figure = _figure(width=3.3 * across + 0.3, height=(3.2 * tallness + 0.3) * down + 1.4)
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat[len(chosen) :]:
+        axes.set_axis_off()
+    for axes, index in zip(grid.flat, chosen, strict=False):
+        axes.imshow(
+            image[index, rows, columns],
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+            aspect=row_mm / column_mm,
+            interpolation="bilinear",
+        )
+        for value, color in enumerate(_colors(cohort), start=1):
+            _contour(axes, truth[index, rows, columns] == value, color, TRUTH)
+            _contour(axes, drawn[index, rows, columns] == value, color, PREDICTION)
+        axes.set_title(f"{plane} slice {numbers[index]}", fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        _sides(axes, SIDES[plane])
+        if cohort.synthetic:
+            _stamp(axes)
+
+    dice = ", ".join(f"{name} {_number(value)}" for name, value in zip(cohort.classes, score.dice, strict=True))
+    figure.suptitle(f"{_title(cohort)} · {case.site} · {case.id}\nDice: {dice}", fontsize=11)
+    handles = [
+        Line2D([], [], color=color, linewidth=1.6, label=f"{name}, {what}", **style)
+        for name, color in zip(cohort.classes, _colors(cohort), strict=True)
+        for what, style in (("truth", TRUTH), ("prediction", PREDICTION))
+    ]
+    _legend(figure, handles, "Radiological convention: the patient's right is on the left of the picture.")
+    _write(figure, path)
+
+
+def dice_bars(summary: Mapping[str, Any], cohort: Cohort, path: Path, before: Mapping[str, Any] | None = None) -> None:
+    """Draws Dice by site and class as bars, and over all cases at the end; a PNG, written atomically.
+
+    Args:
+        summary: what `metrics.summarize` returned.
+        cohort: names the classes and the cohort, and says whether it is synthetic.
+        path: the PNG to write.
+        before: a summary of the same sites from before training, drawn as hatched bars beside the others.
+    """
+    sites = sorted(summary["per_site"])
+    groups = [*sites, "all cases"]
+    stages = [("before", before), ("after", summary)] if before is not None else [("", summary)]
+    series = [
+        (f"{name}, {stage}" if stage else name, color, stage == "before", source, name)
+        for name, color in zip(cohort.classes, _colors(cohort), strict=True)
+        for stage, source in stages
+    ]
+    width = 0.84 / len(series)
+    figure = _figure(width=max(6.0, 1.2 + len(groups) * max(1.1, 0.42 * len(series))), height=4.2)
+    axes = figure.subplots()
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color="0.9")
+    handles: list[Artist] = []
+    for position, (label, color, hatched, source, name) in enumerate(series):
+        values = [_class_dice(source, site, name) for site in (*sites, None)]
+        style: dict[str, Any] = {"facecolor": "white" if hatched else color, "edgecolor": color}
+        style |= {"hatch": "////" if hatched else None, "linewidth": 1}
+        bars = axes.bar(
+            np.arange(len(groups)) - 0.42 + width * (position + 0.5),
+            [0.0 if value is None else value for value in values],
+            width=width * 0.88,
+            **style,
+        )
+        texts = ["none" if value is None else f"{value:.2f}" for value in values]
+        axes.bar_label(bars, labels=texts, fontsize=7, padding=2, color="0.3")
+        handles.append(Patch(label=label, **style))
+    axes.axvline(len(sites) - 0.5, color="0.7", linewidth=1, linestyle=":")
+    axes.set_xticks(np.arange(len(groups)), labels=[_group_label(summary, group) for group in groups])
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.set_ylim(0, 1.05)
+    axes.set_ylabel("Dice, mean over cases")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    mean = _number(summary["dice"]) if before is None else f"{_number(before['dice'])} → {_number(summary['dice'])}"
+    figure.suptitle(f"{_title(cohort)} · Dice by site and class\nmean over classes, all cases: {mean}", fontsize=11)
+    _legend(figure, handles, "Scored on each scan's own voxel grid; classes that a scan does not show are left out.")
+    _write(figure, path)
+
+
+def _group_label(summary: Mapping[str, Any], group: str) -> str:
+    cases = summary["per_site"].get(group, summary)["cases"]
+    return f"{group}\n{cases} case{'s' * (cases != 1)}"
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write(figure: Figure, path: Path) -> None:
+    stream = BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": "fedsam"})
+    write_atomic(path, stream.getvalue())
+
+
+def _title(cohort: Cohort) -> str:
+    return f"{SYNTHETIC}: {cohort.name}" if cohort.synthetic else cohort.name
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], note: str) -> None:
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        frameon=False,
+        fontsize=9,
+        title=note,
+        title_fontproperties={"size": 8},
+        alignment="center",
+    )
+
+
+def _colors(cohort: Cohort) -> list[str]:
+    return [COLORS[k % len(COLORS)] for k in range(len(cohort.classes))]
+
+
+def _gray(voxels: Array, case: Case, cohort: Cohort) -> Array:
+    """Intensities as gray values in [0, 1]: the soft-tissue window for CT, 1st to 99th percentile for MRI."""
+    low, high = SOFT_TISSUE_HU if cohort.modality == "ct" else (case.intensity["p01"], case.intensity["p99"])
+    return np.clip((voxels - low) / max(high - low, 1e-6), 0, 1)
+
+
+def _slice_numbers(geometry: Geometry, case: Case) -> Array:
+    """Number of each slice along the scan's own axis, which may run the other way."""
+    along = np.zeros(case.shape, dtype=np.int32)
+    thick = next(axis for axis, code in enumerate(case.orientation) if code in ACROSS[geometry.plane])
+    along += np.expand_dims(np.arange(case.shape[thick], dtype=np.int32), [axis for axis in range(3) if axis != thick])
+    return geometry.to_slices(along, order=0)[:, 0, 0]
+
+
+def _contour(axes: Axes, mask: Array, color: str, style: Mapping[str, Any]) -> None:
+    """Outline of a mask; padded by a pixel so that it closes where the mask touches the edge of the picture."""
+    if mask.any():
+        x, y = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
+        padded = np.pad(mask, 1).astype(np.float32)
+        axes.contour(x, y, padded, levels=[0.5], colors=[color], linestyles=[style["linestyle"]], linewidths=1.6)
+
+
+def _sides(axes: Axes, letters: str) -> None:
+    """Letters of the body's sides at the left, right, top and bottom edge."""
+    places = [(0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")]
+    places += [(0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")]
+    for letter, (x, y, ha, va) in zip(letters, places, strict=True):
+        _outlined(axes.text(x, y, letter, transform=axes.transAxes, ha=ha, va=va, fontsize=9, weight="bold"))
+
+
+def _stamp(axes: Axes) -> None:
+    _outlined(axes.text(0.02, 0.02, "synthetic", transform=axes.transAxes, ha="left", va="bottom", fontsize=8))
+
+
+def _outlined(text: Text) -> None:
+    text.set_color("white")
+    text.set_path_effects([withStroke(linewidth=2, foreground="black")])
+
+
+def _window(foreground: Array, spacing: tuple[float, float]) -> tuple[slice, slice]:
+    """Rows and columns around the foreground [n, H, W] of the chosen slices, with a margin; all if there is none."""
+    union = np.max(foreground, axis=0)
+    window = []
+    for axis, size in enumerate(spacing):
+        hits = np.flatnonzero(np.any(union, axis=1 - axis))
+        margin = round(MARGIN_MM / size)
+        low, high = (int(hits[0]) - margin, int(hits[-1]) + margin + 1) if len(hits) else (0, union.shape[axis])
+        window.append(slice(max(low, 0), min(high, union.shape[axis])))
+    return window[0], window[1]
+
+
+def _size(part: slice) -> int:
+    return int(part.stop) - int(part.start)
+
+
+def _class_dice(summary: Mapping[str, Any], site: str | None, name: str) -> float | None:
+    source = summary if site is None else summary["per_site"].get(site)
+    value: float | None = None if source is None else source["per_class"][name]["dice"]
+    return value
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None or np.isnan(value) else f"{value:.3f}"

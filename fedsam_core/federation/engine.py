@@ -1,0 +1,82 @@
+"""What carries calls to sites. The only thing that differs between one process and a cluster."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from fedsam_core.errors import FedsamError
+
+
+class Engine(Protocol):
+    """Carries a method call to sites and says who answered and who did not."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Ids of the sites, sorted."""
+        ...
+
+    def share(self, value: Any) -> Any:
+        """A handle that is cheap to pass to many sites as a keyword value; the site receives `value` itself."""
+        ...
+
+    def call(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Calls `method` at every site named in `args`, with that site's keywords.
+
+        Args:
+            method: name of a public method of the site.
+            args: keywords by site.
+            deadline: seconds to wait for all of them.
+
+        Returns:
+            Replies by site, and by lost site the reason in a line. Every site in `args` is in exactly one of the two;
+            a site's failure never raises here.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees the sites."""
+        ...
+
+
+class InProcessEngine:
+    """All sites in this process, one after the other: tests, debuggers, notebooks, a bare GPU box.
+
+    A call cannot be interrupted, so the deadline is not enforced here.
+    """
+
+    def __init__(self, sites: Mapping[str, Any]) -> None:
+        self._sites = {site: sites[site] for site in sorted(sites)}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self._sites)
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def call(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        replies: dict[str, Any] = {}
+        lost: dict[str, str] = {}
+        for site in sorted(args):
+            try:
+                replies[site] = getattr(self._sites[site], method)(**args[site])
+            except Exception as error:  # whatever befalls a site must not befall the others
+                lost[site] = describe_failure(error)
+        return replies, lost
+
+    def close(self) -> None:
+        self._sites.clear()
+
+
+def in_process(specs: Sequence[Any], factory: Callable[[Any], Any]) -> InProcessEngine:
+    """An engine over `factory(spec)` for every spec; `spec.site` names the site."""
+    return InProcessEngine({spec.site: factory(spec) for spec in specs})
+
+
+def describe_failure(error: BaseException) -> str:
+    """Why a site is lost, in one line: a `FedsamError` speaks for itself, anything else is named by its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FedsamError) else f"{type(error).__name__}: {text}"

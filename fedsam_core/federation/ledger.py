@@ -1,0 +1,59 @@
+"""The byte ledger: what crossed the wire, counted on the serialized messages."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Direction = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Bytes of one message.
+
+    Attributes:
+        site: the site that sent or received it.
+        direction: "up" from the site, "down" to it.
+        round: 0 before the first round.
+        purpose: what it carried, such as "update/masked_input" or "update/state".
+        bytes: length of the serialized message.
+    """
+
+    site: str
+    direction: Direction
+    round: int
+    purpose: str
+    bytes: int
+
+
+class Ledger:
+    """Every message of a run."""
+
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+
+    def add(self, site: str, direction: Direction, round_number: int, purpose: str, size: int) -> None:
+        """Counts one message of `size` bytes."""
+        self._entries.append(Entry(site, direction, round_number, purpose, size))
+
+    def total(
+        self, direction: Direction | None = None, round_number: int | None = None, purpose: str | None = None
+    ) -> int:
+        """Bytes of the entries that match; `purpose` matches by prefix."""
+        return sum(
+            e.bytes
+            for e in self._entries
+            if (direction is None or e.direction == direction)
+            and (round_number is None or e.round == round_number)
+            and (purpose is None or e.purpose.startswith(purpose))
+        )
+
+    def rows(self) -> list[dict[str, str | int]]:
+        """The entries as flat dictionaries, for a table."""
+        return [asdict(e) for e in self._entries]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,238 @@
+"""A hospital's side of the federation: a plain class that an engine calls by method name.
+
+Every method takes and returns bytes, numbers or plain dictionaries. The scans, the model and the keys stay here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fedsam_core.data.preprocess import PreparedCase, PreparedCohort
+from fedsam_core.data.slices import SliceConfig, SliceDataset
+from fedsam_core.errors import DataError, RoundError
+from fedsam_core.evaluation.inference import segment_scan
+from fedsam_core.evaluation.metrics import CaseScore, dice_sums, score_case
+from fedsam_core.evaluation.overlays import overlay
+from fedsam_core.federation.config import FederationConfig
+from fedsam_core.federation.lanes import Purpose, attempt_from_json, layout_of, sum_layout_hash
+from fedsam_core.federation.state import state_hash, unpack_state
+from fedsam_core.hashing import derive_seed
+from fedsam_core.learning.config import LearningConfig
+from fedsam_core.learning.device import describe_device, pick_device
+from fedsam_core.learning.learner import Learner
+from fedsam_core.sam.adapters import adapt, load_shared_state
+from fedsam_core.sam.backbones import ModelConfig, build_segmenter
+from fedsam_core.secagg.attempt import Attempt
+from fedsam_core.secagg.keys import Identity, Roster
+from fedsam_core.secagg.plain import plain_input
+from fedsam_core.secagg.quantize import VectorLayout, encode
+from fedsam_core.secagg.site import SiteSession
+from fedsam_core.selection import LayerSelection
+from fedsam_core.settings import Settings
+
+Array = np.ndarray[Any, Any]
+
+
+class SiteSpec(Settings):
+    """All that a site needs to take part in a run."""
+
+    run: str
+    site: str
+    seed: int
+    config_hash: str
+    cohort: Path
+    model: ModelConfig
+    selection: LayerSelection
+    slices: SliceConfig
+    learning: LearningConfig
+    federation: FederationConfig
+    inference_batch: int
+
+
+class FederatedSite:
+    """One site. `open` and `enroll` first; then secure sums: advertise, share, a contribution, confirm, unmask.
+
+    The contributions are `weigh` (how many slices), `fit` (train; the update) and `score` (segment; Dice).
+    """
+
+    def __init__(self, spec: SiteSpec) -> None:
+        self.spec = spec
+        self._identity = Identity.generate()
+        self._roster: Roster | None = None
+        self._attempt: Attempt | None = None
+        self._session: SiteSession | None = None
+        self._layout: VectorLayout | None = None
+        self._scored: list[tuple[CaseScore, Array]] = []
+
+    def open(self) -> dict[str, str]:
+        """Loads scans and model; the site's public key, layout hash and device come back.
+
+        Raises:
+            DataError: a prepared case is missing or damaged, or the site has no training case.
+            CheckpointError: the weights do not fit the backbone.
+            SelectionError: the selection does not fit the model.
+        """
+        spec = self.spec
+        torch.set_num_threads(spec.learning.threads)
+        self._prepared = PreparedCohort.open(spec.cohort)
+        self._classes = self._prepared.cohort.classes
+        train = self._cases("train")
+        if not train:
+            raise DataError(f"site {spec.site}: no training case; give it one in sites.csv, or leave the site out")
+        segmenter = build_segmenter(
+            spec.model, len(self._classes), spec.selection, seed=derive_seed(spec.seed, "model")
+        )
+        self._manifest = adapt(segmenter, spec.selection)
+        device = pick_device()
+        dataset = SliceDataset(train, spec.model.image_size, spec.slices)
+        self._learner = Learner(spec.site, segmenter, self._manifest, dataset, spec.learning, device)
+        return {
+            "identity": self._identity.public.hex(),
+            "layout_hash": self._manifest.layout_hash,
+            "device": describe_device(device),
+            "precision": "bf16" if self._learner.autocast else "fp32",
+        }
+
+    def enroll(self, roster: Mapping[str, str]) -> None:
+        """Pins the public identity keys (hex, by site) of everyone in the run."""
+        self._roster = Roster({site: bytes.fromhex(key) for site, key in roster.items()})
+
+    def advertise(self, attempt: bytes, purpose: Purpose) -> bytes:
+        """Starts a sum with fresh keys.
+
+        Raises:
+            RoundError: run, configuration or layout are not the ones this site was opened with.
+        """
+        self._attempt = attempt_from_json(attempt)
+        self._layout = layout_of(
+            purpose,
+            sites=len(self._attempt.sites),
+            shared_size=self._manifest.shared_size,
+            classes=len(self._classes),
+            clip=self.spec.federation.update_clip,
+        )
+        own = {
+            "run": self.spec.run,
+            "config_hash": self.spec.config_hash,
+            "layout_hash": sum_layout_hash(self._manifest, self._layout),
+        }
+        for key, value in own.items():
+            if (theirs := getattr(self._attempt, key)) != value:
+                raise RoundError(
+                    f"site {self.spec.site} refuses the {purpose} sum of round {self._attempt.round}: its {key} is "
+                    f"{value}, the driver's {theirs}. Start driver and sites with the same configuration and code"
+                )
+        if self.spec.federation.secure_sum == "plain":
+            return b""
+        if self._roster is None:
+            raise RoundError(f"site {self.spec.site} was asked for a secure sum before it was enrolled")
+        if self._session is not None:
+            self._session.close()  # a sum that was given up: its keys must not outlive it
+        self._session = SiteSession(self._attempt, self.spec.site, self._identity, self._roster)
+        return self._session.advertise()
+
+    def share(self, advertised: bytes) -> bytes:
+        """Sends every peer its encrypted shares of this site's keys."""
+        return self._running().share(advertised)
+
+    def weigh(self, delivered: bytes) -> bytes:
+        """Contributes the number of this site's training slices."""
+        return self._contribute(delivered, {"slices": float(len(self._learner.dataset))})
+
+    def fit(self, delivered: bytes, state: bytes, total_slices: float) -> bytes:
+        """Trains from the global state; contributes the weighted update, the weight and the weighted loss."""
+        spec = self.spec
+        accepted = self._accept(state)
+        fit = self._learner.fit(accepted, self._current().round, spec.federation.rounds, spec.seed)
+        weight = fit.slices / total_slices
+        return self._contribute(delivered, {"update": fit.update * weight, "weight": weight, "loss": fit.loss * weight})
+
+    def score(self, delivered: bytes, state: bytes, split: Literal["val", "test"]) -> bytes:
+        """Segments the site's cases of a split with the global state; contributes Dice sums and counts per class."""
+        load_shared_state(self._learner.segmenter, self._manifest, self._accept(state))
+        self._scored = [self._segment(prepared) for prepared in self._cases(split)]
+        totals, counts = dice_sums([score for score, _ in self._scored], len(self._classes))
+        return self._contribute(delivered, {"dice": totals, "cases": counts})
+
+    def confirm(self, survivors: bytes) -> bytes:
+        """Signs whose contributions are in the sum."""
+        return self._running().confirm(survivors)
+
+    def unmask(self, confirmations: bytes) -> bytes:
+        """Opens the sum, and only the sum; the attempt's keys are wiped afterwards."""
+        session = self._running()
+        message = session.unmask(confirmations)
+        session.close()
+        self._session = None
+        return message
+
+    def disclose(self, picture: bool) -> dict[str, Any]:
+        """What the configuration lets this site tell in the open about its last scoring.
+
+        Returns:
+            "scores": fields of a `CaseScore` per case, empty unless `federation.share_site_scores`;
+            "picture": PNG bytes of the median case, None unless asked for and `federation.share_pictures`.
+        """
+        allowed = self.spec.federation
+        rows = [asdict(score) for score, _ in self._scored] if allowed.share_site_scores else []
+        png = self._picture() if picture and allowed.share_pictures and self._scored else None
+        return {"scores": rows, "picture": png}
+
+    def _current(self) -> Attempt:
+        if self._attempt is None:
+            raise RoundError(f"site {self.spec.site} has no sum under way (it may have been restarted)")
+        return self._attempt
+
+    def _running(self) -> SiteSession:
+        if self._session is None:
+            raise RoundError(f"site {self.spec.site} has no sum under way (it may have been restarted)")
+        return self._session
+
+    def _accept(self, state: bytes) -> dict[str, Array]:
+        """The global state, if it is the one that all sites were told of."""
+        attempt = self._current()
+        unpacked = unpack_state(self._manifest, state)
+        if (received := state_hash(self._manifest, unpacked)) != attempt.model_hash:
+            raise RoundError(
+                f"site {self.spec.site} refuses round {attempt.round}: the global state it received has hash "
+                f"{received}, announced was {attempt.model_hash}"
+            )
+        return unpacked
+
+    def _contribute(self, delivered: bytes, values: Mapping[str, Array | float]) -> bytes:
+        attempt, layout = self._current(), self._layout
+        assert layout is not None  # set with the attempt
+        seed = derive_seed(self.spec.seed, "rounding", layout.hash, attempt.round, attempt.attempt, self.spec.site)
+        vector = encode(layout, values, seed)
+        if self.spec.federation.secure_sum == "plain":
+            return plain_input(attempt, self.spec.site, self._identity, vector)
+        return self._running().masked_input(delivered, vector)
+
+    def _cases(self, split: Literal["train", "val", "test"]) -> list[PreparedCase]:
+        return [self._prepared.load(case.id) for case in self._prepared.cohort.select(self.spec.site, split)]
+
+    def _segment(self, prepared: PreparedCase) -> tuple[CaseScore, Array]:
+        """Score and label map of a case, on the scan's own grid."""
+        prediction = segment_scan(
+            self._learner.segmenter,
+            prepared,
+            self.spec.slices,
+            self.spec.model.image_size,
+            self.spec.inference_batch,
+            self._learner.autocast,
+        )
+        return score_case(prediction, prepared.case, self._classes), prediction
+
+    def _picture(self) -> bytes:
+        """PNG of the case with the median Dice: neither the best nor the worst of the site."""
+        ranked = sorted(self._scored, key=lambda pair: (np.nan_to_num(pair[0].mean_dice), pair[0].case))
+        score, prediction = ranked[(len(ranked) - 1) // 2]
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "overlay.png"
+            overlay(self._prepared.cohort, score, prediction, path)
+            return path.read_bytes()

@@ -1,0 +1,45 @@
+"""The global shared state on the wire and on disk: safetensors, named by the manifest."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedsam_core.errors import CheckpointError
+from fedsam_core.selection import ParameterManifest
+
+Array = np.ndarray[Any, Any]
+
+
+def pack_state(manifest: ParameterManifest, state: Mapping[str, Array], note: Mapping[str, str] | None = None) -> bytes:
+    """Serializes a shared state (float32 arrays by entry name), with its layout hash and `note` in the header.
+
+    Raises:
+        SelectionError: a name or a shape differs from the manifest.
+    """
+    ordered = manifest.unflatten(manifest.flatten(state))
+    return save(ordered, metadata={"layout_hash": manifest.layout_hash, **(note or {})})
+
+
+def unpack_state(manifest: ParameterManifest, data: bytes) -> dict[str, Array]:
+    """The inverse of `pack_state`.
+
+    Raises:
+        CheckpointError: `data` is not safetensors.
+        SelectionError: a name or a shape differs from the manifest.
+    """
+    try:
+        state = load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"the global state is not a readable safetensors message ({error})") from error
+    return manifest.unflatten(manifest.flatten(state))
+
+
+def state_hash(manifest: ParameterManifest, state: Mapping[str, Array]) -> str:
+    """SHA-256 (hex) over the layout hash and the float32 values in entry order: equal only for bit-equal states."""
+    digest = hashlib.sha256(manifest.layout_hash.encode())
+    digest.update(np.ascontiguousarray(manifest.flatten(state)).tobytes())
+    return digest.hexdigest()

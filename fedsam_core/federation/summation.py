@@ -1,0 +1,158 @@
+"""One sum over an engine: the driver relays sites' messages, counts them, and learns the sum alone.
+
+Stages (Bonawitz et al. 2017, eprint 2017/281, figure 4): advertise keys, share keys, masked input, consistency, unmask.
+A site that does not answer a stage in time is left out of what follows; the sum of the others is still opened while
+enough of them remain.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedsam_core.errors import RoundError, SecureSumError
+from fedsam_core.federation.engine import Engine
+from fedsam_core.federation.lanes import Purpose, attempt_to_json
+from fedsam_core.federation.ledger import Ledger
+from fedsam_core.secagg.aggregator import AggregatorSession
+from fedsam_core.secagg.attempt import Attempt
+from fedsam_core.secagg.keys import Roster
+from fedsam_core.secagg.plain import PlainAggregator
+from fedsam_core.secagg.quantize import VectorLayout, decode_sum
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """How a site is asked for its vector.
+
+    Attributes:
+        method: the site's method.
+        keywords: what it takes beside `delivered`, the same for all sites.
+        size: bytes of the keywords that the ledger counts down to each site (the global state).
+    """
+
+    method: str
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Total:
+    """An opened sum.
+
+    Attributes:
+        lanes: float64 [size] by lane name, summed over the contributors.
+        contributors: the sites whose values are in it.
+        lost: why each other site is not.
+    """
+
+    lanes: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
+    contributors: tuple[str, ...]
+    lost: dict[str, str]
+
+
+class Relay:
+    """Asks the sites that are still present for one stage of one sum after the other."""
+
+    def __init__(self, engine: Engine, attempt: Attempt, purpose: Purpose, ledger: Ledger, deadline: float) -> None:
+        self.lost: dict[str, str] = {}
+        self._engine = engine
+        self._attempt = attempt
+        self._purpose = purpose
+        self._ledger = ledger
+        self._deadline = deadline
+
+    def announce(self, receive: Callable[[str, bytes], None]) -> None:
+        """The first stage: what the sum is about."""
+        message = attempt_to_json(self._attempt)
+        keywords = {"attempt": message, "purpose": self._purpose}
+        self._stage("advertise", dict.fromkeys(self._attempt.sites, keywords), len(message), receive)
+
+    def broadcast(self, method: str, keyword: str, message: bytes, receive: Callable[[str, bytes], None]) -> None:
+        """A stage in which every present site gets the same message."""
+        present = [site for site in self._attempt.sites if site not in self.lost]
+        self._stage(method, {site: {keyword: message} for site in present}, len(message), receive)
+
+    def collect(
+        self, how: Contribution, deliveries: Mapping[str, bytes], receive: Callable[[str, bytes], None]
+    ) -> None:
+        """The stage in which sites contribute; each gets its own delivery."""
+        args = {
+            site: {"delivered": message, **how.keywords}
+            for site, message in deliveries.items()
+            if site not in self.lost
+        }
+        self._stage(how.method, args, how.size, receive)
+
+    def _stage(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], size: int, receive: Callable[[str, bytes], None]
+    ) -> None:
+        purpose = f"{self._purpose}/{method}"
+        replies, missing = self._engine.call(method, args, self._deadline)
+        self.lost.update(missing)
+        for site in sorted(args):
+            own = len(args[site].get("delivered", b""))
+            self._ledger.add(site, "down", self._attempt.round, purpose, size + own)
+            if site not in replies:
+                continue
+            self._ledger.add(site, "up", self._attempt.round, purpose, len(replies[site]))
+            try:
+                receive(site, replies[site])
+            except SecureSumError as error:  # a bad message excludes its sender, not the round
+                self.lost[site] = str(error)
+
+
+def secure_sum(relay: Relay, attempt: Attempt, roster: Roster, layout: VectorLayout, how: Contribution) -> Total:
+    """Opens the sum of the sites' masked vectors.
+
+    Raises:
+        RoundError: too few sites are left, with the reason for each that is not.
+    """
+    try:
+        aggregator = AggregatorSession(attempt, roster, layout.size)
+        relay.announce(aggregator.receive_advertise)
+        relay.broadcast("share", "advertised", aggregator.advertised(), aggregator.receive_share)
+        relay.collect(how, aggregator.deliveries(), aggregator.receive_masked)
+        relay.broadcast("confirm", "survivors", aggregator.survivors(), aggregator.receive_confirmation)
+        relay.broadcast("unmask", "confirmations", aggregator.confirmations(), aggregator.receive_unmask)
+        total, contributors = aggregator.total()
+        return _total(relay, attempt, layout, total, contributors)
+    except SecureSumError as error:
+        raise _failed(relay, attempt, error) from error
+
+
+def plain_sum(relay: Relay, attempt: Attempt, roster: Roster, layout: VectorLayout, how: Contribution) -> Total:
+    """The sum of the same vectors without masks, for comparison: the driver sees each of them.
+
+    Raises:
+        RoundError: too few sites are left, with the reason for each that is not.
+    """
+    try:
+        aggregator = PlainAggregator(attempt, roster, layout.size)
+        relay.announce(lambda site, reply: None)
+        relay.collect(how, dict.fromkeys(attempt.sites, b""), aggregator.receive_plain)
+        total, contributors = aggregator.total()
+        return _total(relay, attempt, layout, total, contributors)
+    except SecureSumError as error:
+        raise _failed(relay, attempt, error) from error
+
+
+def _total(
+    relay: Relay,
+    attempt: Attempt,
+    layout: VectorLayout,
+    total: np.ndarray[Any, np.dtype[np.uint32]],
+    contributors: tuple[str, ...],
+) -> Total:
+    absent = [site for site in attempt.sites if site not in contributors]
+    return Total(
+        lanes=decode_sum(layout, total, len(contributors)),
+        contributors=contributors,
+        lost={site: relay.lost.get(site, "gave no contribution") for site in absent},
+    )
+
+
+def _failed(relay: Relay, attempt: Attempt, error: SecureSumError) -> RoundError:
+    reasons = "".join(f"; lost {site}: {reason}" for site, reason in sorted(relay.lost.items()))
+    return RoundError(f"round {attempt.round} failed: {error}{reasons}")

@@ -1,0 +1,1 @@
+"""Official SAM building blocks made prompt-free, multi-class and adaptable."""

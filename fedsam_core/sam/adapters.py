@@ -1,0 +1,258 @@
+"""A selection put to work on a segmenter: LoRA by PEFT, what is trained, its values in and out, files, merging.
+
+Parameters go by canonical names, as in the `ParameterManifest`: PEFT's `.base_layer` and adapter name never show.
+"""
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fedsam_core.errors import CheckpointError, SelectionError
+from fedsam_core.hashing import derive_seed
+from fedsam_core.sam.backbones import seeded
+from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.selection import (
+    LayerSelection,
+    LoraSpec,
+    ManifestEntry,
+    ParameterManifest,
+    check_state,
+    lora_modules,
+    resolve,
+)
+
+State = dict[str, npt.NDArray[np.float32]]
+
+_ADAPTER = "default"
+_PEFT_PREFIX = "base_model.model."
+_PEFT_WEIGHTS = "adapter_model.safetensors"
+_PLAIN_WEIGHTS = "trained.safetensors"
+
+
+def adapt(segmenter: SamSegmenter, selection: LayerSelection) -> ParameterManifest:
+    """Put LoRA where the selection says and let exactly its manifest require gradients, in place.
+
+    LoRA's B starts at zero, so the logits do not change; A is drawn from the segmenter's own seed, PEFT's way.
+
+    Raises:
+        SelectionError: the selection does not fit (see `resolve`), or the segmenter was adapted before.
+    """
+    if segmenter.manifest is not None:
+        raise SelectionError(
+            f"the segmenter already carries selection {segmenter.manifest.selection.name!r}: build a fresh one"
+        )
+    shapes = {name: tuple(value.shape) for name, value in segmenter.named_parameters()}
+    manifest = resolve(selection, shapes)
+    if modules := lora_modules(selection, shapes):
+        with seeded(derive_seed(segmenter.seed, "lora")):
+            inject_adapter_in_model(_lora_config(modules), segmenter, _ADAPTER)
+    selected = {entry.name for entry in (*manifest.shared, *manifest.local)}
+    parameters = _parameters(segmenter)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in selected)
+    if unknown := selected - parameters.keys():
+        raise RuntimeError(f"the manifest names parameters that the adapted model lacks: {sorted(unknown)[:3]}")
+    segmenter.manifest = manifest
+    return manifest
+
+
+def shared_state(segmenter: SamSegmenter, manifest: ParameterManifest) -> State:
+    """The values that are sent, by canonical name: float32 copies on the CPU."""
+    return _read(segmenter, manifest.shared)
+
+
+def load_shared_state(
+    segmenter: SamSegmenter, manifest: ParameterManifest, state: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Overwrite the values that are sent.
+
+    Raises:
+        SelectionError: names or shapes other than the manifest's.
+    """
+    _write(segmenter, manifest.shared, state, manifest.selection.name)
+
+
+def local_state(segmenter: SamSegmenter, manifest: ParameterManifest) -> State:
+    """The trained values that stay at the site, by canonical name: float32 copies on the CPU."""
+    return _read(segmenter, manifest.local)
+
+
+def load_local_state(
+    segmenter: SamSegmenter, manifest: ParameterManifest, state: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Overwrite the trained values that stay at the site.
+
+    Raises:
+        SelectionError: names or shapes other than the manifest's.
+    """
+    _write(segmenter, manifest.local, state, manifest.selection.name)
+
+
+def merge(segmenter: SamSegmenter) -> SamSegmenter:
+    """Fold LoRA into the weights it adapts, in place: a plain segmenter again, all frozen, ready to be adapted anew."""
+    wrapped = [(name, module) for name, module in segmenter.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in wrapped:
+        module.merge()
+        parent, _, leaf = name.rpartition(".")
+        setattr(segmenter.get_submodule(parent), leaf, module.get_base_layer())
+    if hasattr(segmenter, "peft_config"):
+        del segmenter.peft_config
+    segmenter.manifest = None
+    return segmenter.requires_grad_(False)
+
+
+def has_peft_layout(segmenter: SamSegmenter, manifest: ParameterManifest) -> bool:
+    """Whether PEFT can hold the selection: it has LoRA, and its other parameters make up whole leaf modules."""
+    if not any(entry.kind == "lora_A" for entry in manifest.shared):
+        return False
+    names = {entry.name for entry in (*manifest.shared, *manifest.local)}
+    return all(
+        not list(owner.children()) and all(f"{path}.{leaf}" in names for leaf, _ in owner.named_parameters())
+        for path, owner in _whole_modules(segmenter, manifest)
+    )
+
+
+def save_adapter(
+    segmenter: SamSegmenter, manifest: ParameterManifest, folder: Path, card: dict[str, Any] | None
+) -> None:
+    """Write what was trained to a folder, whole or not at all; an adapter that was there is replaced.
+
+    Two layouts, beside `manifest.json` and `card.json` (`card`, and what it was trained on under "model"):
+    - `adapter_config.json` and `adapter_model.safetensors`, PEFT's: `peft.PeftModel.from_pretrained` puts them on a
+      segmenter freshly built the same way. Parameters trained whole are in it as PEFT's `modules_to_save`.
+    - `trained.safetensors`, canonical name -> value, where PEFT has no place for them: a selection without LoRA, or with
+      parameters that are no module's whole, such as position tables.
+
+    Raises:
+        CheckpointError: the folder exists and is not an adapter's.
+    """
+    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not an adapter: choose another folder or remove it")
+    trained = {
+        name: value.detach().cpu().contiguous()
+        for name, value in _parameters(segmenter).items()
+        if name in {entry.name for entry in (*manifest.shared, *manifest.local)}
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    part.mkdir()
+    try:
+        if has_peft_layout(segmenter, manifest):
+            config = _exported_config(segmenter, manifest)
+            (part / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+            inside = {_canonical(name): name.replace(f".{_ADAPTER}.", ".") for name, _ in segmenter.named_parameters()}
+            save_file({_PEFT_PREFIX + inside[name]: value for name, value in trained.items()}, part / _PEFT_WEIGHTS)
+        else:
+            save_file(trained, part / _PLAIN_WEIGHTS)
+        (part / "manifest.json").write_text(manifest.to_json())
+        (part / "card.json").write_text(json.dumps({**(card or {}), "model": _model_card(segmenter)}, indent=2))
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+            folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old)
+        else:
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_adapter(segmenter: SamSegmenter, folder: Path) -> ParameterManifest:
+    """Adapt a fresh segmenter as an adapter folder says and give it the trained values, in place.
+
+    Raises:
+        CheckpointError: not an adapter folder, a damaged file, or an adapter that was trained on another model.
+    """
+    try:
+        manifest = ParameterManifest.from_json((folder / "manifest.json").read_text())
+        model = json.loads((folder / "card.json").read_text())["model"]
+        peft_layout = (folder / _PEFT_WEIGHTS).exists()
+        values = load_file(folder / (_PEFT_WEIGHTS if peft_layout else _PLAIN_WEIGHTS))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, SelectionError) as error:
+        raise CheckpointError(f"{folder} is not a complete adapter ({error}): export it again") from error
+    for key, value in _model_card(segmenter).items():
+        if model.get(key) != value:
+            raise CheckpointError(
+                f"{folder} was trained with {key} {model.get(key)} but the segmenter has {value}: build the segmenter with "
+                "the adapter's own model settings"
+            )
+    if adapt(segmenter, manifest.selection).layout_hash != manifest.layout_hash:
+        raise CheckpointError(f"{folder} has another parameter layout than this version gives: export it again")
+    state = {_canonical(name.removeprefix(_PEFT_PREFIX)): value.numpy() for name, value in values.items()}
+    _write(segmenter, (*manifest.shared, *manifest.local), state, manifest.selection.name)
+    return manifest
+
+
+def _lora_config(modules: Mapping[str, LoraSpec], **options: Any) -> LoraConfig:
+    """Every module by its full name; those unlike the first one in PEFT's rank and alpha patterns."""
+    first = next(iter(modules.values()))
+    return LoraConfig(
+        r=first.rank,
+        lora_alpha=first.alpha,
+        target_modules=list(modules),
+        rank_pattern={name: spec.rank for name, spec in modules.items() if spec.rank != first.rank},
+        alpha_pattern={name: spec.alpha for name, spec in modules.items() if spec.alpha != first.alpha},
+        lora_dropout=0.0,
+        bias="none",
+        init_lora_weights=True,
+        **options,
+    )
+
+
+def _exported_config(segmenter: SamSegmenter, manifest: ParameterManifest) -> dict[str, Any]:
+    shapes = {_canonical(n): tuple(v.shape) for n, v in segmenter.named_parameters() if ".lora_" not in n}
+    config = _lora_config(
+        lora_modules(manifest.selection, shapes),
+        modules_to_save=[path for path, _ in _whole_modules(segmenter, manifest)] or None,
+        inference_mode=True,
+    )
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+def _whole_modules(segmenter: SamSegmenter, manifest: ParameterManifest) -> list[tuple[str, nn.Module]]:
+    """The modules that own the parameters trained whole, by their path in the adapted model."""
+    inside = {_canonical(name): name for name, _ in segmenter.named_parameters()}
+    whole = [inside[entry.name] for entry in (*manifest.shared, *manifest.local) if entry.kind == "whole"]
+    return [(path, segmenter.get_submodule(path)) for path in dict.fromkeys(name.rpartition(".")[0] for name in whole)]
+
+
+def _model_card(segmenter: SamSegmenter) -> dict[str, Any]:
+    """What an adapter's values only make sense on."""
+    return {key: getattr(segmenter, key) for key in ("backbone", "image_size", "classes", "head", "weights", "seed")}
+
+
+def _canonical(name: str) -> str:
+    """`x.base_layer.weight` -> `x.weight`, `x.lora_A.default.weight` -> `x.lora_A.weight`."""
+    return name.replace(".base_layer.", ".").replace(f".{_ADAPTER}.", ".")
+
+
+def _parameters(segmenter: SamSegmenter) -> dict[str, nn.Parameter]:
+    return {_canonical(name): parameter for name, parameter in segmenter.named_parameters()}
+
+
+def _read(segmenter: SamSegmenter, entries: Sequence[ManifestEntry]) -> State:
+    parameters = _parameters(segmenter)
+    return {e.name: parameters[e.name].detach().to("cpu", torch.float32, copy=True).numpy() for e in entries}
+
+
+def _write(
+    segmenter: SamSegmenter, entries: Sequence[ManifestEntry], state: Mapping[str, npt.NDArray[Any]], selection: str
+) -> None:
+    check_state(entries, state, selection)
+    parameters = _parameters(segmenter)
+    with torch.no_grad():
+        for entry in entries:
+            # A copy: arrays from an object store are read-only, which torch warns about.
+            parameters[entry.name].copy_(torch.from_numpy(np.array(state[entry.name], dtype=np.float32)))

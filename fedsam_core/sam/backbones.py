@@ -1,0 +1,169 @@
+"""A segmenter from its configuration: official building blocks, random or official weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from segment_anything.modeling import ImageEncoderViT, PromptEncoder
+from torch import nn
+
+from fedsam_core.errors import SelectionError
+from fedsam_core.hashing import derive_seed
+from fedsam_core.sam.attention import SplitAttention
+from fedsam_core.sam.checkpoints import load_official
+from fedsam_core.sam.decoder import CHANNELS, SAM_TOKENS, ClassDecoder, HeadLayout
+from fedsam_core.sam.geometry import BACKBONES, PATCH, Backbone
+from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.selection import LayerSelection, ParameterManifest, resolve
+from fedsam_core.settings import Settings
+
+
+class ModelConfig(Settings):
+    """Which SAM is adapted."""
+
+    backbone: Literal["vit_t", "vit_b", "vit_l", "vit_h"] = Field(
+        default="vit_b", description="image encoder; vit_t is the small one that a laptop CPU can train"
+    )
+    image_size: int = Field(
+        default=224,
+        description="side of the square input in pixels, a multiple of 16; 224, 448, 672 and 896 need no padding",
+    )
+    checkpoint: Path | None = Field(default=None, description="official SAM .pth file; left out, weights are random")
+    head: Literal["auto", "flap", "sam"] = Field(
+        default="auto",
+        description="mask head: flap (four stages), sam (SAM's two stages), auto (flap where the selection trains all of it, "
+        "otherwise sam)",
+    )
+
+    @field_validator("image_size")
+    @classmethod
+    def _multiple_of_patch(cls, value: int) -> int:
+        if value < PATCH or value % PATCH:
+            below = max(value // PATCH, 1) * PATCH
+            raise ValueError(
+                f"image_size {value} is not a positive multiple of {PATCH}: use {below} or {below + PATCH}"
+            )
+        return value
+
+
+def build_segmenter(model: ModelConfig, classes: int, selection: LayerSelection, seed: int) -> SamSegmenter:
+    """A segmenter with every parameter frozen as built: `adapt` decides what is trained.
+
+    Without a checkpoint all weights are random: torch's defaults, and the encoder's position table from a normal of
+    deviation 0.02 (ViT's) instead of official SAM's zeros, so that frozen random features know where they are. Equal
+    seeds give equal encoders and decoder transformers whatever the head. The global random state is left alone.
+
+    Raises:
+        SelectionError: the head does not suit the selection (see `head_layout`).
+        CheckpointError: the file is not an official checkpoint of this backbone.
+    """
+    head = head_layout(model.head, classes, selection)
+    with seeded(derive_seed(seed, "segmenter")):
+        segmenter = _assemble(model, classes, head, seed)
+    if model.checkpoint is not None:
+        load_official(segmenter, model.checkpoint)
+    return segmenter.requires_grad_(False)
+
+
+def manifest_for(model: ModelConfig, classes: int, selection: LayerSelection) -> ParameterManifest:
+    """The manifest that `adapt` would give on this model, without allocating or reading a weight.
+
+    Raises:
+        SelectionError: as `build_segmenter` and `resolve`.
+    """
+    with torch.device("meta"), seeded(0):
+        segmenter = _assemble(model, classes, head_layout(model.head, classes, selection), seed=0)
+    return resolve(selection, {name: tuple(value.shape) for name, value in segmenter.named_parameters()})
+
+
+def head_layout(head: Literal["auto", "flap", "sam"], classes: int, selection: LayerSelection) -> HeadLayout:
+    """Which head a selection gets. New weights are never left frozen at random.
+
+    A selection that does not train mask tokens and hypernetworks keeps SAM's own head with its four tokens.
+
+    Raises:
+        SelectionError: the FLAP head would stay frozen, or SAM's own has too few tokens for the classes.
+    """
+    if classes < 1:
+        raise SelectionError(f"{classes} classes: give at least one foreground class")
+    tokens = selection.trains("mask_tokens") and selection.trains("hypernetworks")
+    everything = tokens and selection.trains("upscaling")
+    if head == "flap" and not everything:
+        raise SelectionError(
+            f"selection {selection.name!r} would leave FLAP's new head frozen at random: add 'head' to train, or set "
+            "model.head to auto"
+        )
+    if head == "flap" or (head == "auto" and everything):
+        return "flap"
+    if tokens:
+        return "sam"
+    if classes > SAM_TOKENS:
+        raise SelectionError(
+            f"selection {selection.name!r} keeps SAM's own head, whose {SAM_TOKENS} mask tokens cannot hold {classes} "
+            "classes: add 'head' to train"
+        )
+    return "pretrained"
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw CPU random numbers from `seed` inside, and put the global state back after; CUDA's is not touched."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _assemble(model: ModelConfig, classes: int, head: HeadLayout, seed: int) -> SamSegmenter:
+    grid = model.image_size // PATCH
+    encoder = _image_encoder(BACKBONES[model.backbone], model.image_size)
+    prompt_encoder = PromptEncoder(
+        embed_dim=CHANNELS,
+        image_embedding_size=(grid, grid),
+        input_image_size=(model.image_size, model.image_size),
+        mask_in_chans=16,
+    )
+    if head == "pretrained":
+        decoder = ClassDecoder(tokens=SAM_TOKENS, head=head, outputs=classes, side=grid)
+    else:
+        decoder = ClassDecoder(tokens=classes + 1, head=head, outputs=classes + 1, side=grid)
+    return SamSegmenter(
+        encoder,
+        prompt_encoder,
+        decoder,
+        backbone=model.backbone,
+        image_size=model.image_size,
+        classes=classes,
+        head=head,
+        seed=seed,
+    )
+
+
+def _image_encoder(backbone: Backbone, image_size: int) -> ImageEncoderViT:
+    """The official encoder with split attention."""
+    encoder = ImageEncoderViT(
+        img_size=image_size,
+        patch_size=PATCH,
+        embed_dim=backbone.embed_dim,
+        depth=backbone.depth,
+        num_heads=backbone.heads,
+        out_chans=CHANNELS,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=backbone.window,
+        global_attn_indexes=backbone.global_blocks,
+    )
+    grid = image_size // PATCH
+    for block in encoder.blocks:
+        block.attn = SplitAttention(backbone.embed_dim, backbone.heads, block.window_size or grid)
+        if block.window_size == grid:
+            # One window covers the grid exactly: the block attends to all of it, without cutting and pasting.
+            block.window_size = 0
+    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+    return encoder

@@ -1,0 +1,221 @@
+"""One typed configuration tree: YAML, then dotted `key=value` overrides. Unknown keys and wrong types are errors."""
+
+import difflib
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from cluster.tracking import TrackingConfig
+from fedsam_core.data.cohort import CohortConfig
+from fedsam_core.data.preprocess import PreprocessConfig
+from fedsam_core.data.slices import SliceConfig
+from fedsam_core.errors import ConfigError
+from fedsam_core.federation.config import FederationConfig
+from fedsam_core.hashing import stable_hash
+from fedsam_core.learning.config import LearningConfig
+from fedsam_core.sam.backbones import ModelConfig
+from fedsam_core.selection import LayerSelection, preset
+from fedsam_core.settings import Settings
+
+
+class EngineConfig(Settings):
+    """What carries the calls to sites."""
+
+    kind: Literal["ray", "in-process"] = Field("ray", description="ray: an actor a site; in-process: no Ray at all")
+    cpus_per_site: float = Field(0.5, ge=0, description="CPUs that Ray books for a site")
+    gpus_per_site: float = Field(1.0, gt=0, description="GPUs that Ray books for a site, where the cluster has GPUs")
+
+
+class Config(Settings):
+    """Everything that a stage can be told."""
+
+    name: str = Field("fedsam", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run")
+    seed: int = Field(0, ge=0, description="seed of the whole run; equal seeds give equal results")
+    work_dir: Path = Field(
+        Path("~/.fedsam"), description="prepared cohorts, runs and the local MLflow database; shared by all nodes"
+    )
+    cohort: CohortConfig = Field(description="which scans, of which sites")
+    preprocess: PreprocessConfig = Field(PreprocessConfig(), description="how scans become slices")
+    model: ModelConfig = Field(ModelConfig(), description="which SAM")
+    selection: str | LayerSelection = Field("flap", description="a preset's name, or a written selection")
+    rank: int | None = Field(None, ge=1, description="LoRA rank of the preset; default 32")
+    slices: SliceConfig = Field(SliceConfig(), description="how a slice enters the model")
+    learning: LearningConfig = Field(LearningConfig(), description="how a site trains in a round")
+    federation: FederationConfig = Field(FederationConfig(), description="rounds, secure sum, disclosure")
+    evaluation: "EvaluationConfig" = Field(default_factory=lambda: EvaluationConfig(), description="how volumes are scored")
+    engine: EngineConfig = Field(EngineConfig(), description="Ray or one process")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+
+    @field_validator("work_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))
+
+    @property
+    def layers(self) -> LayerSelection:
+        """The selection itself."""
+        return preset(self.selection, self.rank) if isinstance(self.selection, str) else self.selection
+
+    def science_hash(self, cohort_hash: str) -> str:
+        """SHA-256 (hex) of what decides the result, and of nothing else: not folders, names, tracking or engine."""
+        kept = self.model_dump(mode="json", include=set(_SCIENCE))
+        return stable_hash({**kept, "selection": self.layers.hash, "cohort": cohort_hash})
+
+
+class EvaluationConfig(Settings):
+    """How volumes are scored."""
+
+    batch_size: int = Field(16, ge=1, description="slices encoded at once")
+    save_masks: bool = Field(True, description="`fedsam evaluate` writes the predicted masks as NIfTI")
+
+
+Config.model_rebuild()
+_SCIENCE = ("seed", "preprocess", "model", "slices", "learning", "federation")
+_PATHS = ("cohort.path", "cohort.sites_csv", "model.checkpoint")
+
+
+def load_config(source: str | None, overrides: list[str] | None = None) -> Config:
+    """The configuration of a stage.
+
+    Args:
+        source: a YAML file, or the name of a committed experiment (pipelines/configs/NAME.yaml), or None for overrides
+            alone.
+        overrides: `dotted.key=value` with the value in YAML; they win over the file.
+
+    Raises:
+        ConfigError: a file that is missing or no YAML, an unknown key, a wrong type or value; names the key and the fix.
+    """
+    tree = _read(source) if source else {}
+    for override in overrides or []:
+        _apply(tree, override)
+    _absolute_paths(tree)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e, source) for e in error.errors())) from error
+
+
+def configs() -> dict[str, Path]:
+    """The committed experiments by name."""
+    folder = Path(str(resources.files("pipelines") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def as_overrides(config: Config) -> list[str]:
+    """The overrides that make this configuration from nothing, for a process that shares no files with this one."""
+    return [f"{key}={_inline(value)}" for key, value in flatten(_differences(config)).items()]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary with dotted keys. Lists and empty dictionaries are values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Rows (key, default, meaning) of every setting, for --help."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in section.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        nested = next((k for k in kinds if isinstance(k, type) and issubclass(k, Settings)), None)
+        if nested is not None and nested is not LayerSelection:
+            rows += describe(nested, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else _inline(field.get_default(call_default_factory=True))
+            rows.append((prefix + name, default, field.description or ""))
+    return rows
+
+
+def _read(source: str) -> dict[str, Any]:
+    known = configs()
+    path = known.get(source, Path(source))
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"no configuration {source}: give a YAML file, or one of the experiments {', '.join(known)}"
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no keys: write `key: value` lines, see pipelines/configs")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{override!r} is no override: write dotted.key=value, like learning.batch_size=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value ({' '.join(str(error).split())})") from error
+    for part in parts[:-1]:
+        if not isinstance(tree.setdefault(part, {}), dict):
+            raise ConfigError(f"{key}: {part} is a single value, it has no key below it")
+        tree = tree[part]
+    tree[parts[-1]] = value
+
+
+def _absolute_paths(tree: dict[str, Any]) -> None:
+    """Relative paths are meant from where the person is, not from wherever a job or an actor runs later."""
+    for dotted in _PATHS:
+        section, key = dotted.split(".")
+        if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
+            tree[section][key] = os.path.abspath(os.path.expanduser(tree[section][key]))
+
+
+def _explain(error: Any, source: str | None) -> str:
+    place = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "LayerSelection", "str"))]
+    key = ".".join(place)
+    where = f" (in {source})" if source else ""
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(place[-1], _siblings(place[:-1]), n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*place[:-1], close[0]])}?" if close else "`fedsam STAGE --help` lists the keys"
+        return f"unknown key {key}{where}: {hint}"
+    if error["type"] == "missing":
+        return f"key {key} is missing{where}: give {key}=VALUE or write it in the file"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    return f"{key or 'configuration'}: {message[:1].lower()}{message[1:]}{given}{where}"
+
+
+def _siblings(place: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in place:
+        field = section.model_fields.get(part)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        nested = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if nested is None:
+            return []
+        section = nested
+    return list(section.model_fields)
+
+
+def _differences(config: BaseModel) -> dict[str, Any]:
+    """What was set, as JSON values; defaults that were only filled in are left out."""
+    return config.model_dump(mode="json", exclude_unset=True)
+
+
+def _inline(value: Any) -> str:
+    """A value as YAML on one line."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+    return text.removesuffix("...").strip()

@@ -1,0 +1,62 @@
+"""What all stages share: their arguments, their help, and how an error ends them."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedsam_core.errors import FedsamError
+from pipelines import console
+from pipelines.config import Config, configs, describe, load_config
+
+INTERRUPTED = 130
+FAILED = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the workflow: runs as `fedsam NAME`, as `python -m pipelines.NAME` and as a Ray job."""
+
+    name: str
+    doc: str
+    run: Callable[[Config], None]
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """Parses the arguments, runs the stage, and exits with its status."""
+        parser = argparse.ArgumentParser(
+            prog=f"fedsam {self.name}",
+            description=self.doc,
+            epilog=_keys(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_config_arguments(parser)
+        options = parser.parse_args(arguments)
+        sys.exit(guarded(lambda: self.run(load_config(options.config, options.overrides))))
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE key=value ...`."""
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"YAML file, or a committed experiment: {', '.join(configs())}"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Runs `work`; a `FedsamError` becomes one line on stderr. Returns the exit status."""
+    try:
+        work()
+    except FedsamError as error:
+        console.err.print(f"[bold red]error:[/] {console.plain(' '.join(str(error).split()))}")
+        return FAILED
+    except KeyboardInterrupt:
+        console.err.print("interrupted")
+        return INTERRUPTED
+    return 0
+
+
+def _keys() -> str:
+    rows = describe()
+    width = max(len(key) for key, _, _ in rows) + 2
+    lines = [f"  {key:<{width}}{meaning} [{default}]" for key, default, meaning in rows]
+    return "settings, as key=value or as YAML (defaults in brackets):\n" + "\n".join(lines)

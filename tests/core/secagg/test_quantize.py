@@ -1,0 +1,159 @@
+"""Integers for real values: within the bound, unbiased, never wrapped, never saturated."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsam_core.errors import SecureSumError
+from fedsam_core.secagg import Lane, VectorLayout, decode_sum, encode
+
+LAYOUT = VectorLayout((Lane("weights", 1000, 0.25), Lane("count", 1, 5000.0)), max_sites=6)
+
+
+def values_of(seed: int, layout: VectorLayout = LAYOUT) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return {lane.name: generator.uniform(-lane.clip, lane.clip, lane.size) for lane in layout.lanes}
+
+
+@pytest.mark.parametrize("contributors", [1, 3, 6])
+def test_sum_is_within_the_bound_of_the_float64_sum(contributors):
+    inputs = [values_of(i) for i in range(contributors)]
+    total = np.zeros(LAYOUT.size, np.uint32)
+    for i, values in enumerate(inputs):
+        total += encode(LAYOUT, values, seed=i)
+    decoded = decode_sum(LAYOUT, total, contributors)
+    for lane in LAYOUT.lanes:
+        error = np.abs(decoded[lane.name] - sum(values[lane.name] for values in inputs)).max()
+        bound = LAYOUT.error_bound(lane.name, contributors)
+        assert decoded[lane.name].dtype == np.float64
+        assert 0 < error <= bound
+        assert bound <= contributors * lane.clip * 6 / 2**30.9  # 31 - log2(6) bits of magnitude
+
+
+@pytest.mark.parametrize("max_sites", [1, 3, 6, 7, 100])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_all_sites_at_the_clip_do_not_overflow(max_sites, sign):
+    for clip in (1.0, 0.1, 1 / 3, 1e-6, 12345.678):
+        layout = VectorLayout((Lane("a", 4, clip),), max_sites)
+        total = np.zeros(4, np.uint32)
+        for site in range(max_sites):
+            total += encode(layout, {"a": np.full(4, sign * clip)}, seed=site)
+        decoded = decode_sum(layout, total, max_sites)["a"]
+        np.testing.assert_allclose(decoded, sign * clip * max_sites, rtol=0, atol=layout.error_bound("a", max_sites))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    clip=st.floats(1e-6, 1e6),
+    max_sites=st.integers(1, 200),
+    fractions=st.lists(st.floats(-1, 1), min_size=1, max_size=8),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_any_value_within_the_clip_survives(clip, max_sites, fractions, seed):
+    layout = VectorLayout((Lane("a", len(fractions), clip),), max_sites)
+    x = np.array(fractions) * clip
+    total = np.zeros(layout.size, np.uint32)
+    for site in range(max_sites):
+        total += encode(layout, {"a": x}, seed + site)
+    decoded = decode_sum(layout, total, max_sites)["a"]
+    # The oracle's own rounding: a sum of n equal float64 values.
+    slack = max_sites * clip * 2.0**-52
+    assert np.abs(decoded - max_sites * x).max() <= layout.error_bound("a", max_sites) + slack
+
+
+def test_rounding_is_unbiased_and_keeps_values_on_the_grid():
+    size = 200_000
+    layout = VectorLayout((Lane("a", size, 1.0),), max_sites=3)
+    step = 1.0 / layout.levels
+    for fraction in (0.1, 0.5, 0.9):
+        x = np.full(size, 10 * step + fraction * step)
+        levels = encode(layout, {"a": x}, seed=1).view(np.int32)
+        assert set(np.unique(levels)) == {10, 11}
+        # 6 standard deviations of a binomial mean
+        assert abs(levels.mean() - 10 - fraction) < 6 * np.sqrt(fraction * (1 - fraction) / size)
+    assert not encode(layout, {"a": np.zeros(size)}, seed=1).any()
+
+
+def test_equal_seeds_round_equally_and_others_do_not():
+    values = values_of(0)
+    np.testing.assert_array_equal(encode(LAYOUT, values, 5), encode(LAYOUT, values, 5))
+    assert (encode(LAYOUT, values, 5) != encode(LAYOUT, values, 6)).any()
+
+
+def test_pinned_encoding():
+    """The bits of a rounding must not change between machines and releases, or rounds could not be repeated."""
+    layout = VectorLayout((Lane("a", 4, 1.0),), max_sites=1000)
+    assert encode(layout, {"a": np.array([0.123456789, -0.5, 1.0, -1.0])}, 42).tolist() == PINNED
+
+
+PINNED = [265120, 4293893553, 2147482, 4292819814]
+
+
+def test_values_clipped_as_float32_are_taken():
+    layout = VectorLayout((Lane("a", 2, 0.1),), max_sites=3)
+    clipped = np.clip(np.array([5.0, -5.0], np.float32), -0.1, 0.1)
+    assert float(clipped[0]) > 0.1
+    total = sum(encode(layout, {"a": clipped}, s).astype(np.uint64) for s in range(3)).astype(np.uint32)
+    np.testing.assert_allclose(decode_sum(layout, total, 3)["a"], [0.3, -0.3], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"weights": np.full(1000, 0.2501)}, "weights.*over its clip"),
+        ({"weights": np.full(1000, -0.2501)}, "weights.*over its clip"),
+        ({"weights": np.r_[np.zeros(999), np.nan]}, "weights.*NaN"),
+        ({"weights": np.r_[np.inf, np.zeros(999)]}, "weights.*infinity"),
+        ({"weights": np.r_[-np.inf, np.zeros(999)]}, "weights.*infinity"),
+        ({"weights": np.zeros(999)}, "weights.*1000"),
+        ({"weights": np.zeros(1000, complex)}, "weights.*complex"),
+        ({"count": float("nan")}, "count.*NaN"),
+        ({"count": 5001}, "count.*over its clip"),
+        ({"other": 1.0}, "other.*not in the layout"),
+    ],
+)
+def test_bad_values_are_refused_by_lane(change, complaint):
+    with pytest.raises(SecureSumError, match=complaint):
+        encode(LAYOUT, {**values_of(0), **change}, seed=0)
+
+
+def test_missing_lane_is_refused():
+    with pytest.raises(SecureSumError, match="count"):
+        encode(LAYOUT, {"weights": np.zeros(1000)}, seed=0)
+
+
+def test_a_sum_out_of_reach_is_refused():
+    total = np.zeros(LAYOUT.size, np.uint32)
+    total[-1] = 3 * (LAYOUT.levels + 1) + 1
+    with pytest.raises(SecureSumError, match="count.*cannot reach"):
+        decode_sum(LAYOUT, total, 3)
+    assert decode_sum(LAYOUT, total, 4)["count"][0] > 0
+    with pytest.raises(SecureSumError, match="7 contributors"):
+        decode_sum(LAYOUT, total, 7)
+    with pytest.raises(SecureSumError, match="must be 1001"):
+        decode_sum(LAYOUT, total[:-1], 3)
+
+
+def test_layouts_have_their_own_hashes_and_refuse_nonsense():
+    hashes = {
+        layout.hash
+        for layout in (
+            LAYOUT,
+            VectorLayout(LAYOUT.lanes, 7),
+            VectorLayout(LAYOUT.lanes[::-1], 6),
+            VectorLayout((Lane("weights", 1000, 0.5), LAYOUT.lanes[1]), 6),
+        )
+    }
+    assert len(hashes) == 4
+    assert VectorLayout(LAYOUT.lanes, 6).hash == LAYOUT.hash
+    for broken in (
+        lambda: Lane("a", 0, 1.0),
+        lambda: Lane("a", 1, 0.0),
+        lambda: Lane("a", 1, float("inf")),
+        lambda: VectorLayout((Lane("a", 1, 1.0), Lane("a", 2, 1.0)), 3),
+        lambda: VectorLayout((Lane("a", 1, 1.0),), 2**31),
+        lambda: VectorLayout((), 3),
+    ):
+        with pytest.raises(SecureSumError):
+            broken()
