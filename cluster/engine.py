@@ -23,6 +23,7 @@ class RayEngine:
 
     def __init__(self, actors: Mapping[str, ActorHandle]) -> None:
         self._actors = {site: actors[site] for site in sorted(actors)}
+        self._busy: dict[str, tuple[ray.ObjectRef, str]] = {}  # calls that missed their deadline: answer and method
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -37,33 +38,47 @@ class RayEngine:
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Calls `method` at the sites named in `args` at once; see the protocol.
 
-        A site that misses the deadline is lost for this call only: an answer that comes later is ignored, and a call
-        that it has not yet begun is withdrawn.
+        A site that misses the deadline is lost for this call only. Its late answer is ignored, and the next call is held
+        back until then: stale calls never pile up in front of a straggler.
         """
         end = time.monotonic() + deadline
-        pending: dict[ray.ObjectRef, str] = {}
         replies: dict[str, Any] = {}
         lost: dict[str, str] = {}
-        for site in sorted(args):
+        waiting: dict[ray.ObjectRef, str] = {}
+
+        def send(site: str) -> None:
             try:
-                pending[self._actors[site].call.remote(method, **args[site])] = site
+                waiting[self._actors[site].call.remote(method, **args[site])] = site
             except Exception as error:  # keywords that cannot be serialized: this site's failure, not the others'
                 lost[site] = describe_failure(error)
-        while pending:
+
+        for site in sorted(args):
+            if site in self._busy:
+                waiting[self._busy[site][0]] = site
+            else:
+                send(site)
+        while waiting:
             # One at a time and not fetched: a larger num_returns can come back empty while one site straggles.
             ready, _ = ray.wait(
-                list(pending), num_returns=1, timeout=max(0.0, end - time.monotonic()), fetch_local=False
+                list(waiting), num_returns=1, timeout=max(0.0, end - time.monotonic()), fetch_local=False
             )
             if not ready:
                 break
-            site = pending.pop(ready[0])
+            site = waiting.pop(ready[0])
+            if site in self._busy:
+                del self._busy[site]
+                send(site)
+                continue
             try:
                 replies[site] = ray.get(ready[0], timeout=max(_FETCH_SECONDS, end - time.monotonic()))
             except Exception as error:
                 lost[site] = _reason(error)
-        for ref, site in pending.items():
-            lost[site] = f"no answer to {method} within {deadline:g} s"
-            ray.cancel(ref)
+        for ref, site in waiting.items():
+            if site in self._busy:
+                lost[site] = f"still busy with an earlier {self._busy[site][1]} after {deadline:g} s"
+            else:
+                lost[site] = f"no answer to {method} within {deadline:g} s"
+                self._busy[site] = (ref, method)
         return {site: replies[site] for site in sorted(replies)}, {site: lost[site] for site in sorted(lost)}
 
     def close(self) -> None:
@@ -71,6 +86,7 @@ class RayEngine:
         for actor in self._actors.values():
             ray.kill(actor, no_restart=True)
         self._actors.clear()
+        self._busy.clear()
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,9 @@ class SiteNeeds(Settings):
 
     cpus: float = Field(1.0, ge=0, description="CPUs that a site's actor reserves")
     gpus: float | None = Field(
-        None, ge=0, description="GPUs a site reserves (a fraction shares one); unset: 1 where its nodes have GPUs, else 0"
+        None,
+        ge=0,
+        description="GPUs a site reserves (a fraction shares one); unset: 1 where its nodes have GPUs, else 0",
     )
     pin: Literal["auto", "always", "never"] = Field(
         "auto",

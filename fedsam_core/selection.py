@@ -3,7 +3,7 @@
 A `LayerSelection` is what a person writes; a `ParameterManifest` is that selection resolved on the parameter names and
 shapes of a real model. The manifest alone decides what is trained, masked, sent and counted. Nothing here needs torch.
 
-The presets are the rows of FLAP-SAM (arXiv 2407.21739), Fig. 1 and Table 1; LoRA is Hu et al. (arXiv 2106.09685), eq. 3.
+The presets are the rows of FLAP-SAM (arXiv 2407.21739), Fig. 1; LoRA is Hu et al. (arXiv 2106.09685), eq. 3.
 """
 
 import difflib
@@ -30,6 +30,8 @@ _TRANSFORMER = r"mask_decoder\.transformer"
 _DECODER_ATTENTION = rf"{_TRANSFORMER}\.(?:layers\.\d+\.(?:self|cross)_attn\w*|final_attn_token_to_image)"
 _ENCODER_NORMS = rf"{_BLOCK}\.norm[12]\..*"
 _DECODER_NORMS = rf"{_TRANSFORMER}\.(?:layers\.\d+\.norm\d|norm_final_attn)\..*"
+_NECK_NORMS = r"image_encoder\.neck\.[13]\..*"
+_UPSCALING_NORMS = r"mask_decoder\.output_upscaling\.(?:1|4|7)\..*"
 _UPSCALING = r"mask_decoder\.output_upscaling\..*"
 _HYPERNETWORKS = r"mask_decoder\.output_hypernetworks_mlps\..*"
 _MASK_TOKENS = r"mask_decoder\.mask_tokens\..*"
@@ -58,7 +60,7 @@ GROUPS: dict[str, str] = {
     "iou_head": r"mask_decoder\.iou_prediction_head\..*",
     "iou_token": r"mask_decoder\.iou_token\..*",
     # Every layer norm: of the blocks, of the neck (1, 3), of the decoder and of the upscaling (1, 4, 7).
-    "norms": rf"{_ENCODER_NORMS}|image_encoder\.neck\.[13]\..*|{_DECODER_NORMS}|mask_decoder\.output_upscaling\.[147]\..*",
+    "norms": rf"{_ENCODER_NORMS}|{_NECK_NORMS}|{_DECODER_NORMS}|{_UPSCALING_NORMS}",
 }
 
 # Linear layers that LoRA goes into, as patterns on module names. The encoder's carry the block's number.
@@ -86,7 +88,7 @@ class LoraTargets(Settings):
     )
     decoder: tuple[Projection, ...] = Field(
         default=(),
-        description="layers of the seven mask decoder attentions (and two MLPs) that get LoRA: q, k, v, o, mlp",
+        description="layers of the seven mask decoder attentions that get LoRA (mlp: of its two MLPs)",
     )
     encoder_blocks: tuple[int, ...] | None = Field(
         default=None, description="image encoder blocks that get LoRA, counted from 0; none given means all"
@@ -99,9 +101,7 @@ class LoraTargets(Settings):
     def _positive(self) -> Self:
         for where, rank in [("rank", self.rank), *((f"block_ranks[{b}]", r) for b, r in self.block_ranks.items())]:
             if rank <= 0:
-                raise SelectionError(
-                    f"lora.{where} is {rank}: give at least 1, or leave the layer out of the selection"
-                )
+                raise SelectionError(f"lora.{where} is {rank}: give at least 1, or leave the layer out")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise SelectionError(f"lora.alpha is {self.alpha}: give a number above 0, or leave it out for scale 1")
         for block in [*(self.encoder_blocks or ()), *self.block_ranks]:
@@ -112,8 +112,8 @@ class LoraTargets(Settings):
         ):
             named = sorted(unused or self.block_ranks)
             raise SelectionError(
-                f"lora.block_ranks names blocks {named} that get no LoRA: add them to encoder_blocks, set lora.encoder, "
-                "or remove them"
+                f"lora.block_ranks names blocks {named} that get no LoRA: add them to lora.encoder_blocks, set "
+                "lora.encoder, or remove them"
             )
         return self
 
@@ -312,8 +312,8 @@ def resolve(selection: LayerSelection, shapes: Mapping[str, tuple[int, ...]]) ->
     train, local = _members(selection, selection.train, shapes), _members(selection, selection.local, shapes)
     if both := next((name for name in shapes if name in train and name in local), None):
         raise SelectionError(
-            f"selection {selection.name!r}: {both} is in train group {train[both]!r} and in local group {local[both]!r}: "
-            "name narrower groups"
+            f"selection {selection.name!r}: {both} is in train group {train[both]!r} and in local group "
+            f"{local[both]!r}: name narrower groups"
         )
     shared_entries: list[ManifestEntry] = []
     local_entries: list[ManifestEntry] = []
@@ -363,9 +363,7 @@ def lora_modules(selection: LayerSelection, shapes: Mapping[str, tuple[int, ...]
             continue
         modules[module] = LoraSpec(rank, float(rank) if lora.alpha is None else lora.alpha)
     if not modules and (lora.encoder or lora.decoder):
-        raise SelectionError(
-            f"selection {selection.name!r}: no layer gets LoRA: set lora.encoder_blocks to existing blocks"
-        )
+        raise SelectionError(f"selection {selection.name!r}: no layer gets LoRA: name a block in lora.encoder_blocks")
     return modules
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from cluster.placement import SiteNeeds
 from cluster.tracking import TrackingConfig
 from fedsam_core.data.cohort import CohortConfig
 from fedsam_core.data.preprocess import PreprocessConfig
@@ -26,8 +27,20 @@ class EngineConfig(Settings):
     """What carries the calls to sites."""
 
     kind: Literal["ray", "in-process"] = Field("ray", description="ray: an actor a site; in-process: no Ray at all")
-    cpus_per_site: float = Field(0.5, ge=0, description="CPUs that Ray books for a site")
-    gpus_per_site: float = Field(1.0, gt=0, description="GPUs that Ray books for a site, where the cluster has GPUs")
+    site: SiteNeeds = Field(
+        SiteNeeds(cpus=0.5), description="what a site's actor books; half a CPU lets three sites share a laptop's two"
+    )
+
+
+class EvaluationConfig(Settings):
+    """How volumes are scored."""
+
+    batch_size: int = Field(16, ge=1, description="slices encoded at once")
+    adapter: Path | None = Field(
+        None, description="for `evaluate`: folder of a run or of its adapter; default: the newest run of this name"
+    )
+    split: Literal["val", "test"] = Field("test", description="for `evaluate`: which cases")
+    save_masks: bool = Field(True, description="for `evaluate`: write the predicted masks as NIfTI")
 
 
 class Config(Settings):
@@ -46,7 +59,7 @@ class Config(Settings):
     slices: SliceConfig = Field(SliceConfig(), description="how a slice enters the model")
     learning: LearningConfig = Field(LearningConfig(), description="how a site trains in a round")
     federation: FederationConfig = Field(FederationConfig(), description="rounds, secure sum, disclosure")
-    evaluation: "EvaluationConfig" = Field(default_factory=lambda: EvaluationConfig(), description="how volumes are scored")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how volumes are scored")
     engine: EngineConfig = Field(EngineConfig(), description="Ray or one process")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
 
@@ -66,16 +79,8 @@ class Config(Settings):
         return stable_hash({**kept, "selection": self.layers.hash, "cohort": cohort_hash})
 
 
-class EvaluationConfig(Settings):
-    """How volumes are scored."""
-
-    batch_size: int = Field(16, ge=1, description="slices encoded at once")
-    save_masks: bool = Field(True, description="`fedsam evaluate` writes the predicted masks as NIfTI")
-
-
-Config.model_rebuild()
 _SCIENCE = ("seed", "preprocess", "model", "slices", "learning", "federation")
-_PATHS = ("cohort.path", "cohort.sites_csv", "model.checkpoint")
+_PATHS = ("cohort.path", "cohort.sites_csv", "model.checkpoint", "evaluation.adapter")
 
 
 def load_config(source: str | None, overrides: list[str] | None = None) -> Config:
@@ -87,7 +92,7 @@ def load_config(source: str | None, overrides: list[str] | None = None) -> Confi
         overrides: `dotted.key=value` with the value in YAML; they win over the file.
 
     Raises:
-        ConfigError: a file that is missing or no YAML, an unknown key, a wrong type or value; names the key and the fix.
+        ConfigError: a file that is missing or no YAML, an unknown key, a wrong value; names the key and the fix.
     """
     tree = _read(source) if source else {}
     for override in overrides or []:

@@ -1,0 +1,1 @@
+"""Cohorts, preparation and training slices."""

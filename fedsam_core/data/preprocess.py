@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from fedsam_core.data.cohort import Case, Cohort
 from fedsam_core.data.files import write_atomic
 from fedsam_core.data.geometry import Geometry, Plane, slice_plane
-from fedsam_core.data.scans import Volume, intensities, read_image, read_label
+from fedsam_core.data.scans import Volume, intensities, percentiles, read_image, read_label
 from fedsam_core.data.sources import Modality
 from fedsam_core.errors import DataError
 from fedsam_core.hashing import file_sha256, stable_hash
@@ -277,7 +277,7 @@ def _to_slices(image: Volume, config: PreprocessConfig, modality: Modality) -> t
     if modality == "ct":
         low, high = config.ct_window
     else:
-        low, high = (float(value) for value in np.percentile(image.voxels, config.mri_percentiles))
+        low, high = percentiles(image.voxels, config.mri_percentiles)
         if low == high:  # nearly all of the volume is one value: only the extremes tell it apart
             low, high = float(image.voxels.min()), float(image.voxels.max())
     # Clip before resampling, so that metal or a padding value does not bleed into its neighbours.

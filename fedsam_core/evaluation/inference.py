@@ -27,7 +27,7 @@ Array = np.ndarray[Any, Any]
 Labels = np.ndarray[Any, np.dtype[np.uint8]]
 Probabilities = np.ndarray[Any, np.dtype[np.float32]]
 
-ROWS_AT_ONCE = 32  # rows of a scan that are resampled together where slices have to be interpolated
+BLOCKS = 32  # a volume is resampled across slices in this many blocks of rows
 
 
 def predict_volume(
@@ -97,10 +97,10 @@ def segment_scan(
             held = np.empty((segmenter.classes + 1, len(case.image), height, width), dtype=np.float16)
             for part, batch in batches:
                 held[:, part] = resize(batch, (batch.shape[1], height, width), order=1)
-            for top in range(0, height, ROWS_AT_ONCE):
-                rows = held[:, :, top : top + ROWS_AT_ONCE].astype(np.float32)
-                resampled = resize(rows, (depth, rows.shape[2], width), order=1)
-                labels[:, top : top + ROWS_AT_ONCE] = resampled.argmax(axis=0)
+            for rows in np.array_split(np.arange(height), min(BLOCKS, height)):
+                block = held[:, :, rows[0] : rows[-1] + 1].astype(np.float32)
+                resampled = resize(block, (depth, len(rows), width), order=1)
+                labels[:, rows[0] : rows[-1] + 1] = resampled.argmax(axis=0)
     return np.ascontiguousarray(own.to_scan(labels, order=0))
 
 

@@ -12,10 +12,10 @@ beside every score (Maier-Hein et al., "Metrics reloaded", Nature Methods 2024, 
 """
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -85,19 +85,6 @@ class CaseScore:
         row |= {f"predicted_voxels_{name}": n for name, n in zip(self.classes, self.predicted_voxels, strict=True)}
         return row
 
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any], classes: Sequence[str]) -> Self:
-        """The inverse of `row`."""
-        return cls(
-            case=row["case"],
-            site=row["site"],
-            split=row["split"],
-            classes=tuple(classes),
-            dice=tuple(row[f"dice_{name}"] for name in classes),
-            truth_voxels=tuple(row[f"truth_voxels_{name}"] for name in classes),
-            predicted_voxels=tuple(row[f"predicted_voxels_{name}"] for name in classes),
-        )
-
 
 def dice_per_class(prediction: Array, truth: Array, classes: int) -> Floats:
     """Dice of every foreground class, computed by MONAI from label maps.
@@ -140,9 +127,7 @@ def truth_on_scan_grid(case: Case) -> Labels:
     try:
         values: Array = np.asanyarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
     except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        raise DataError(
-            f"{path} cannot be read as NIfTI ({error}): restore the file, or leave out {case.id}"
-        ) from error
+        raise DataError(f"{path}: cannot read the mask: missing, truncated or no NIfTI file; restore it") from error
     if values.shape != case.shape:
         raise DataError(
             f"{path}: mask of shape {values.shape} for a scan of shape {case.shape}; resample the mask onto its scan"

@@ -4,6 +4,7 @@ All figures are drawn on an Agg canvas of their own (no pyplot, no global state)
 on machines without a display, and come out byte-equal for equal input. Pictures of synthetic data say so.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -31,9 +32,9 @@ Array = np.ndarray[Any, Any]
 COLORS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00")
 TRUTH: dict[str, Any] = {"linestyle": "solid"}
 PREDICTION: dict[str, Any] = {"linestyle": (0, (2.2, 1.4))}
-SYNTHETIC = "SYNTHETIC PHANTOM DATA"
 SOFT_TISSUE_HU = (-160.0, 240.0)
 MARGIN_MM = 20.0
+PANEL_INCHES = 3.2  # edge of a square panel; others have about its area
 DPI = 120
 
 # What lies at the left, right, top and bottom edge of a slice, as `data.geometry` turns it: radiological convention.
@@ -90,40 +91,34 @@ def overlay(cohort: Cohort, score: CaseScore, prediction: Array, path: Path, pan
     chosen = pick_slices(truth if truth.any() else drawn, panels)
     _, row_mm, column_mm = geometry.spacing
     rows, columns = _window((truth[chosen] > 0) | (drawn[chosen] > 0), (row_mm, column_mm))
-    across = min(3, len(chosen))
-    down = -(-len(chosen) // across)
-    tallness = min(max(_size(rows) * row_mm / (_size(columns) * column_mm), 0.4), 1.6)
-    figure = _figure(width=3.3 * across + 0.3, height=(3.2 * tallness + 0.3) * down + 1.4)
+    down = math.ceil(len(chosen) / 3)
+    across = math.ceil(len(chosen) / down)
+    tallness = min(max(_size(rows) * row_mm / (_size(columns) * column_mm), 0.4), 2.5)
+    width = PANEL_INCHES / math.sqrt(tallness)
+    figure = _figure(width=max((width + 0.1) * across, 6.5), height=(width * tallness + 0.3) * down + 1.3)
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat[len(chosen) :]:
         axes.set_axis_off()
     for axes, index in zip(grid.flat, chosen, strict=False):
-        axes.imshow(
-            image[index, rows, columns],
-            cmap="gray",
-            vmin=0,
-            vmax=1,
-            aspect=row_mm / column_mm,
-            interpolation="bilinear",
-        )
+        gray = image[index, rows, columns]
+        axes.imshow(gray, cmap="gray", vmin=0, vmax=1, aspect=row_mm / column_mm, interpolation="bilinear")
         for value, color in enumerate(_colors(cohort), start=1):
             _contour(axes, truth[index, rows, columns] == value, color, TRUTH)
             _contour(axes, drawn[index, rows, columns] == value, color, PREDICTION)
         axes.set_title(f"{plane} slice {numbers[index]}", fontsize=9)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[], xlim=(-0.5, gray.shape[1] - 0.5), ylim=(gray.shape[0] - 0.5, -0.5))
         _sides(axes, SIDES[plane])
         if cohort.synthetic:
             _stamp(axes)
 
     dice = ", ".join(f"{name} {_number(value)}" for name, value in zip(cohort.classes, score.dice, strict=True))
-    figure.suptitle(f"{_title(cohort)} · {case.site} · {case.id}\nDice: {dice}", fontsize=11)
+    _title(figure, cohort, f"{case.site} · {case.id}\nDice: {dice}")
     handles = [
         Line2D([], [], color=color, linewidth=1.6, label=f"{name}, {what}", **style)
         for name, color in zip(cohort.classes, _colors(cohort), strict=True)
         for what, style in (("truth", TRUTH), ("prediction", PREDICTION))
     ]
-    _legend(figure, handles, "Radiological convention: the patient's right is on the left of the picture.")
+    _legend(figure, cohort, handles, "Radiological convention: the patient's right is on the left of the picture.")
     _write(figure, path)
 
 
@@ -166,13 +161,18 @@ def dice_bars(summary: Mapping[str, Any], cohort: Cohort, path: Path, before: Ma
     axes.axvline(len(sites) - 0.5, color="0.7", linewidth=1, linestyle=":")
     axes.set_xticks(np.arange(len(groups)), labels=[_group_label(summary, group) for group in groups])
     axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set_ylim(0, 1.05)
+    axes.set_ylim(0, 1.08)
     axes.set_ylabel("Dice, mean over cases")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     mean = _number(summary["dice"]) if before is None else f"{_number(before['dice'])} → {_number(summary['dice'])}"
-    figure.suptitle(f"{_title(cohort)} · Dice by site and class\nmean over classes, all cases: {mean}", fontsize=11)
-    _legend(figure, handles, "Scored on each scan's own voxel grid; classes that a scan does not show are left out.")
+    _title(figure, cohort, f"Dice by site and class\nmean over classes, all cases: {mean}")
+    _legend(
+        figure,
+        cohort,
+        handles,
+        "Scored on each scan's own voxels; where truth and prediction lack a class, it is left out.",
+    )
     _write(figure, path)
 
 
@@ -193,15 +193,20 @@ def _write(figure: Figure, path: Path) -> None:
     write_atomic(path, stream.getvalue())
 
 
-def _title(cohort: Cohort) -> str:
-    return f"{SYNTHETIC}: {cohort.name}" if cohort.synthetic else cohort.name
+def _title(figure: Figure, cohort: Cohort, text: str) -> None:
+    if cohort.synthetic:
+        figure.suptitle(f"SYNTHETIC PHANTOM DATA\n{cohort.name} · {text}", fontsize=11, color="#A03C00")
+    else:
+        figure.suptitle(f"{cohort.name} · {text}", fontsize=11)
 
 
-def _legend(figure: Figure, handles: Sequence[Artist], note: str) -> None:
+def _legend(figure: Figure, cohort: Cohort, handles: Sequence[Artist], note: str) -> None:
+    """Below everything; entries of a class, which follow one another in `handles`, stand in one column."""
+    classes = len(cohort.classes)
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(4, len(handles)),
+        ncols=classes if classes <= 4 else math.ceil(classes / 2),
         frameon=False,
         fontsize=9,
         title=note,

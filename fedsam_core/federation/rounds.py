@@ -96,6 +96,7 @@ class Federation:
         self.sites: dict[str, dict[str, str]] = {}
         self._roster = Roster({})
         self._attempts = 0
+        self._held: dict[str, str] = {}  # which global state each site holds, by hash: nothing is sent twice
 
     def open(self) -> None:
         """Opens every site and pins their keys.
@@ -165,13 +166,14 @@ class Federation:
             threshold=default_threshold(len(sites)),
         )
         relay = Relay(self.engine, attempt, purpose, self.ledger, self.config.deadline_s)
-        if state is not None:
-            packed = pack_state(self.manifest, state)
-            how = Contribution(contribute, {"state": self.engine.share(packed), **keywords}, size=len(packed))
-        else:
-            how = Contribution(contribute, keywords)
+        packed = None if state is None else pack_state(self.manifest, state)
+        holders = frozenset(site for site, held in self._held.items() if held == attempt.model_hash)
         open_sum = plain_sum if self.config.secure_sum == "plain" else secure_sum
-        return open_sum(relay, attempt, self._roster, layout, how)
+        how = Contribution(contribute, keywords, packed, holders)
+        total = open_sum(relay, attempt, self._roster, layout, how)
+        if state is not None:
+            self._held = dict.fromkeys(total.contributors, attempt.model_hash)
+        return total
 
 
 def run_rounds(federation: Federation, state: State, on_round: Callable[[RoundReport, State], None]) -> State:

@@ -67,6 +67,7 @@ class FederatedSite:
         self._attempt: Attempt | None = None
         self._session: SiteSession | None = None
         self._layout: VectorLayout | None = None
+        self._held: dict[str, Array] | None = None
         self._scored: list[tuple[CaseScore, Array]] = []
 
     def open(self) -> dict[str, str]:
@@ -144,7 +145,7 @@ class FederatedSite:
         """Contributes the number of this site's training slices."""
         return self._contribute(delivered, {"slices": float(len(self._learner.dataset))})
 
-    def fit(self, delivered: bytes, state: bytes, total_slices: float) -> bytes:
+    def fit(self, delivered: bytes, state: bytes | None, total_slices: float) -> bytes:
         """Trains from the global state; contributes the weighted update, the weight and the weighted loss."""
         spec = self.spec
         accepted = self._accept(state)
@@ -152,7 +153,7 @@ class FederatedSite:
         weight = fit.slices / total_slices
         return self._contribute(delivered, {"update": fit.update * weight, "weight": weight, "loss": fit.loss * weight})
 
-    def score(self, delivered: bytes, state: bytes, split: Literal["val", "test"]) -> bytes:
+    def score(self, delivered: bytes, state: bytes | None, split: Literal["val", "test"]) -> bytes:
         """Segments the site's cases of a split with the global state; contributes Dice sums and counts per class."""
         load_shared_state(self._learner.segmenter, self._manifest, self._accept(state))
         self._scored = [self._segment(prepared) for prepared in self._cases(split)]
@@ -193,15 +194,18 @@ class FederatedSite:
             raise RoundError(f"site {self.spec.site} has no sum under way (it may have been restarted)")
         return self._session
 
-    def _accept(self, state: bytes) -> dict[str, Array]:
-        """The global state, if it is the one that all sites were told of."""
+    def _accept(self, state: bytes | None) -> dict[str, Array]:
+        """The global state, if it is the one that all sites were told of. None stands for the one held already."""
         attempt = self._current()
-        unpacked = unpack_state(self._manifest, state)
+        unpacked = self._held if state is None else unpack_state(self._manifest, state)
+        if unpacked is None:
+            raise RoundError(f"site {self.spec.site} holds no global state (it may have been restarted)")
         if (received := state_hash(self._manifest, unpacked)) != attempt.model_hash:
             raise RoundError(
                 f"site {self.spec.site} refuses round {attempt.round}: the global state it received has hash "
                 f"{received}, announced was {attempt.model_hash}"
             )
+        self._held = unpacked
         return unpacked
 
     def _contribute(self, delivered: bytes, values: Mapping[str, Array | float]) -> bytes:

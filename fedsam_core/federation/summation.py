@@ -29,12 +29,14 @@ class Contribution:
     Attributes:
         method: the site's method.
         keywords: what it takes beside `delivered`, the same for all sites.
-        size: bytes of the keywords that the ledger counts down to each site (the global state).
+        state: the packed global state, None where none is needed.
+        holders: sites that hold this state already and are not sent it again.
     """
 
     method: str
     keywords: Mapping[str, Any] = field(default_factory=dict)
-    size: int = 0
+    state: bytes | None = None
+    holders: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -67,33 +69,41 @@ class Relay:
         """The first stage: what the sum is about."""
         message = attempt_to_json(self._attempt)
         keywords = {"attempt": message, "purpose": self._purpose}
-        self._stage("advertise", dict.fromkeys(self._attempt.sites, keywords), len(message), receive)
+        sites = self._attempt.sites
+        self._stage("advertise", dict.fromkeys(sites, keywords), dict.fromkeys(sites, len(message)), receive)
 
     def broadcast(self, method: str, keyword: str, message: bytes, receive: Callable[[str, bytes], None]) -> None:
         """A stage in which every present site gets the same message."""
         present = [site for site in self._attempt.sites if site not in self.lost]
-        self._stage(method, {site: {keyword: message} for site in present}, len(message), receive)
+        args = {site: {keyword: message} for site in present}
+        self._stage(method, args, dict.fromkeys(present, len(message)), receive)
 
     def collect(
         self, how: Contribution, deliveries: Mapping[str, bytes], receive: Callable[[str, bytes], None]
     ) -> None:
-        """The stage in which sites contribute; each gets its own delivery."""
-        args = {
-            site: {"delivered": message, **how.keywords}
-            for site, message in deliveries.items()
-            if site not in self.lost
-        }
-        self._stage(how.method, args, how.size, receive)
+        """The stage in which sites contribute; each gets its own delivery, and the global state if it needs it."""
+        present = [site for site in deliveries if site not in self.lost]
+        args: dict[str, dict[str, Any]] = {site: {"delivered": deliveries[site], **how.keywords} for site in present}
+        sizes = {site: len(deliveries[site]) for site in present}
+        if how.state is not None:
+            shared = self._engine.share(how.state)
+            for site in present:
+                args[site]["state"] = None if site in how.holders else shared
+                sizes[site] += 0 if site in how.holders else len(how.state)
+        self._stage(how.method, args, sizes, receive)
 
     def _stage(
-        self, method: str, args: Mapping[str, Mapping[str, Any]], size: int, receive: Callable[[str, bytes], None]
+        self,
+        method: str,
+        args: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, int],
+        receive: Callable[[str, bytes], None],
     ) -> None:
         purpose = f"{self._purpose}/{method}"
         replies, missing = self._engine.call(method, args, self._deadline)
         self.lost.update(missing)
         for site in sorted(args):
-            own = len(args[site].get("delivered", b""))
-            self._ledger.add(site, "down", self._attempt.round, purpose, size + own)
+            self._ledger.add(site, "down", self._attempt.round, purpose, sizes[site])
             if site not in replies:
                 continue
             self._ledger.add(site, "up", self._attempt.round, purpose, len(replies[site]))

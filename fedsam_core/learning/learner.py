@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
+from monai.losses.dice import DiceCELoss
 
 from fedsam_core.data.slices import SliceDataset
 from fedsam_core.errors import TrainingError

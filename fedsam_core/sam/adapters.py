@@ -119,7 +119,8 @@ def has_peft_layout(segmenter: SamSegmenter, manifest: ParameterManifest) -> boo
         return False
     names = {entry.name for entry in (*manifest.shared, *manifest.local)}
     return all(
-        not list(owner.children()) and all(f"{path}.{leaf}" in names for leaf, _ in owner.named_parameters())
+        not list(owner.children())
+        and all(_canonical(f"{path}.{leaf}") in names for leaf, _ in owner.named_parameters())
         for path, owner in _whole_modules(segmenter, manifest)
     )
 
@@ -132,8 +133,8 @@ def save_adapter(
     Two layouts, beside `manifest.json` and `card.json` (`card`, and what it was trained on under "model"):
     - `adapter_config.json` and `adapter_model.safetensors`, PEFT's: `peft.PeftModel.from_pretrained` puts them on a
       segmenter freshly built the same way. Parameters trained whole are in it as PEFT's `modules_to_save`.
-    - `trained.safetensors`, canonical name -> value, where PEFT has no place for them: a selection without LoRA, or with
-      parameters that are no module's whole, such as position tables.
+    - `trained.safetensors`, canonical name -> value, where PEFT has no place for them: a selection without LoRA, or
+      with parameters that are no module's whole, such as position tables.
 
     Raises:
         CheckpointError: the folder exists and is not an adapter's.
@@ -185,8 +186,8 @@ def load_adapter(segmenter: SamSegmenter, folder: Path) -> ParameterManifest:
     for key, value in _model_card(segmenter).items():
         if model.get(key) != value:
             raise CheckpointError(
-                f"{folder} was trained with {key} {model.get(key)} but the segmenter has {value}: build the segmenter with "
-                "the adapter's own model settings"
+                f"{folder} was trained with {key} {model.get(key)} but the segmenter has {value}: build the segmenter "
+                "with the adapter's own model settings"
             )
     if adapt(segmenter, manifest.selection).layout_hash != manifest.layout_hash:
         raise CheckpointError(f"{folder} has another parameter layout than this version gives: export it again")
@@ -200,7 +201,7 @@ def _lora_config(modules: Mapping[str, LoraSpec], **options: Any) -> LoraConfig:
     first = next(iter(modules.values()))
     return LoraConfig(
         r=first.rank,
-        lora_alpha=first.alpha,
+        lora_alpha=first.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too, its annotation does not
         target_modules=list(modules),
         rank_pattern={name: spec.rank for name, spec in modules.items() if spec.rank != first.rank},
         alpha_pattern={name: spec.alpha for name, spec in modules.items() if spec.alpha != first.alpha},
@@ -218,7 +219,7 @@ def _exported_config(segmenter: SamSegmenter, manifest: ParameterManifest) -> di
         modules_to_save=[path for path, _ in _whole_modules(segmenter, manifest)] or None,
         inference_mode=True,
     )
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}  # type: ignore[no-untyped-call]
 
 
 def _whole_modules(segmenter: SamSegmenter, manifest: ParameterManifest) -> list[tuple[str, nn.Module]]:

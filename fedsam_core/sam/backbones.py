@@ -35,8 +35,8 @@ class ModelConfig(Settings):
     checkpoint: Path | None = Field(default=None, description="official SAM .pth file; left out, weights are random")
     head: Literal["auto", "flap", "sam"] = Field(
         default="auto",
-        description="mask head: flap (four stages), sam (SAM's two stages), auto (flap where the selection trains all of it, "
-        "otherwise sam)",
+        description="mask head: flap (four stages), sam (SAM's two stages) or auto (flap where the selection trains "
+        "all of it, otherwise sam)",
     )
 
     @field_validator("image_size")
@@ -44,9 +44,7 @@ class ModelConfig(Settings):
     def _multiple_of_patch(cls, value: int) -> int:
         if value < PATCH or value % PATCH:
             below = max(value // PATCH, 1) * PATCH
-            raise ValueError(
-                f"image_size {value} is not a positive multiple of {PATCH}: use {below} or {below + PATCH}"
-            )
+            raise ValueError(f"{value} is not a positive multiple of {PATCH}: use {below} or {below + PATCH}")
         return value
 
 

@@ -20,7 +20,7 @@ from fedsam_core.sam.segmenter import SamSegmenter
 _POS_EMBED = "image_encoder.pos_embed"
 _QKV = re.compile(r"(image_encoder\.blocks\.\d+\.attn\.)qkv\.(weight|bias)")
 _PARTS = ("q_proj", "k_proj", "v_proj")
-# What a head for other classes or of another shape replaces; with FLAP's head, the stages that SAM does not have as well.
+# What a head for other classes or of another shape replaces; with FLAP's also the stages that SAM does not have.
 _HEAD = r"mask_decoder\.(?:mask_tokens|output_hypernetworks_mlps|iou_prediction_head)\..*"
 _FLAP_STAGES = r"mask_decoder\.output_upscaling\.(?:4|6|7|9)\..*"
 
@@ -78,8 +78,8 @@ def load_official(segmenter: SamSegmenter, path: Path) -> LoadReport:
     for name in sorted(own.keys() - new):
         if state[name].shape != own[name].shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}: use an official SAM "
-                f"checkpoint of {segmenter.backbone}"
+                f"{path}: {name} has shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}: use an official "
+                f"SAM checkpoint of {segmenter.backbone}"
             )
     segmenter.load_state_dict({name: own[name] if name in new else state[name] for name in own}, strict=True)
     digest = file_sha256(path)

@@ -19,20 +19,21 @@ _WIDTHS = {"flap": (CHANNELS, 64, 32, 16, 8), "sam": (CHANNELS, 64, 32), "pretra
 
 
 class Doubling(nn.ConvTranspose2d):
-    """A transposed convolution of kernel 2 and stride 2, as what it is: a linear layer from a pixel to its four children.
+    """A transposed convolution of kernel 2 and stride 2, as what it is: a linear layer from a pixel to four children.
 
-    Children stay beside their parent (an axis of 4: upper left, upper right, lower left, lower right), so that a chain of
-    doublings is a chain of matrix products; `raster_order` puts the pixels in place once, at the end.
+    Children stay beside their parent (an axis of 4: upper left, upper right, lower left, lower right), so that a chain
+    of doublings is a chain of matrix products; `raster_order` puts the pixels in place once, at the end.
     """
+
+    bias: nn.Parameter
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__(before, after, kernel_size=2, stride=2)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Pixels [..., before] to children [..., 4, after]."""
-        assert self.bias is not None and output_size is None
+        """Pixels [..., before] to children [..., 4, after]; `output_size` has no meaning here."""
         weight = self.weight.permute(2, 3, 1, 0).reshape(4 * self.out_channels, self.in_channels)
-        return F.linear(x, weight, self.bias.repeat(4)).unflatten(-1, (4, self.out_channels))
+        return F.linear(x, weight, self.bias.repeat(4)).view(*x.shape[:-1], 4, self.out_channels)
 
 
 class ChannelNorm(LayerNorm2d):  # type: ignore[misc]
@@ -103,5 +104,5 @@ class ClassDecoder(MaskDecoder):  # type: ignore[misc]
         upscaled = self.output_upscaling(pixels).flatten(1, -2)
         hypernetworks = itertools.islice(self.output_hypernetworks_mlps, self.outputs)
         hyper = torch.stack([network(tokens[:, 1 + i]) for i, network in enumerate(hypernetworks)], dim=1)
-        masks = (hyper @ upscaled.transpose(1, 2)).index_select(2, self.order)
+        masks = (upscaled @ hyper.transpose(1, 2)).index_select(1, self.order).transpose(1, 2).contiguous()
         return masks.unflatten(2, (self.side, self.side))  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ class Backbone:
     checkpoint: str | None
 
 
-# vit_b, vit_l and vit_h as in segment_anything.build_sam; vit_t is small enough for a laptop's CPU (no official weights).
+# vit_b, vit_l and vit_h as in segment_anything.build_sam; vit_t, which a laptop's CPU can train, has no official file.
 BACKBONES: dict[str, Backbone] = {
     "vit_t": Backbone(192, 6, 3, 7, (2, 5), None),
     "vit_b": Backbone(768, 12, 12, 14, (2, 5, 8, 11), "sam_vit_b_01ec64.pth"),

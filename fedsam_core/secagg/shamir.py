@@ -50,8 +50,8 @@ def weights(points: Sequence[int]) -> list[int]:
 def combine(shares: Sequence[bytes | bytearray], lagrange: Sequence[int]) -> Secret:
     """The secret from `threshold` shares and the `weights` of their points, in the same order.
 
-    Raises SecureSumError for shares that cannot belong to a 32-byte secret. That catches almost every wrong share, but
-    the caller still has to hold the secret against its commitment.
+    Raises SecureSumError for shares that cannot belong to a 32-byte secret. That does not catch every wrong
+    share: the caller still has to hold the secret against what its owner committed to.
     """
     total = 0
     for weight, share in zip(lagrange, shares, strict=True):

@@ -1,3 +1,4 @@
+# mypy: untyped-calls-exclude=nibabel
 """A made-up cohort: abdominal CT in Hounsfield units with two kidneys and their tumours, drawn by a program.
 
 It shows that everything works, without anyone's scans; it says nothing about patients. Wherever it is kept it is called
@@ -86,9 +87,9 @@ _VENOUS = _Phase(cortex=170, medulla=150, tumour=88, liver=112, spleen=122, aort
 _DELAYED = _Phase(cortex=128, medulla=132, tumour=68, liver=88, spleen=92, aorta=108, vein=106)
 # A fourth site shares the first one's scanner, and so on: patients still differ.
 _SCANNERS = (
-    _Scanner(1.0, 340, _VENOUS, blur_mm=2.2, sharpen=0.0, noise=30, axes="LPS"),
-    _Scanner(1.5, 365, _ARTERIAL, blur_mm=3.2, sharpen=0.0, noise=32, axes="IPL"),
-    _Scanner(0.75, 325, _DELAYED, blur_mm=1.6, sharpen=0.7, noise=24, axes="RAS"),
+    _Scanner(1.0, 320, _VENOUS, blur_mm=2.2, sharpen=0.0, noise=30, axes="LPS"),
+    _Scanner(1.5, 345, _ARTERIAL, blur_mm=3.2, sharpen=0.0, noise=32, axes="IPL"),
+    _Scanner(0.75, 305, _DELAYED, blur_mm=1.6, sharpen=0.7, noise=24, axes="RAS"),
 )
 _HEIGHT = 200.0  # mm of the body that every scan covers
 
@@ -167,7 +168,8 @@ def _nifti(array: npt.NDArray[Any], affine: npt.NDArray[np.float64], axes: str) 
     image.header["descrip"] = DESCRIPTION.encode()
     image.header.set_xyzt_units("mm")
     written = nib.orientations.axcodes2ornt(axes)
-    return image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(affine), written))
+    turned: nib.Nifti1Image = image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(affine), written))
+    return turned
 
 
 class _Body:
@@ -186,8 +188,8 @@ class _Body:
         size = rng.uniform(0.92, 1.06)
         turn = np.deg2rad(rng.uniform(-5, 5))
         shift = rng.uniform(-6, 6, size=3) * (1, 1, 2)
-        self.x = ((x * np.cos(turn) - y * np.sin(turn) + shift[0]) / size + 6 * self.waves(rng, 110)).astype(np.float32)
-        self.y = ((x * np.sin(turn) + y * np.cos(turn) + shift[1]) / size + 5 * self.waves(rng, 110)).astype(np.float32)
+        self.x = ((x * np.cos(turn) - y * np.sin(turn) + shift[0]) / size + 4 * self.waves(rng, 120)).astype(np.float32)
+        self.y = ((x * np.sin(turn) + y * np.cos(turn) + shift[1]) / size + 4 * self.waves(rng, 120)).astype(np.float32)
         self.z = (z / size + shift[2] + 8 * self.waves(rng, 130)).astype(np.float32)
         self._bumps = [self.waves(rng, length) for length in (45, 55, 65, 80)]
         self._rng = rng
@@ -203,7 +205,8 @@ class _Body:
         along[0] = (along[0] * phase[:, None]).astype(np.complex64)
         plane = (along[1][:, :, None] * along[2][:, None, :]).reshape(count, -1)
         field: Field3D = (along[0].T @ plane).real.reshape([len(axis) for axis in self._axes])
-        return field * np.float32(np.sqrt(2 / count))
+        field *= np.float32(np.sqrt(2 / count))
+        return field
 
     def ellipsoid(
         self,
@@ -212,9 +215,9 @@ class _Body:
         lean: float = 0.0,
         rough: float = 0.12,
     ) -> Field3D:
-        """Squared distance from `centre` in `radii` (x, y, z; mm), with bumps: below 1 inside. `lean`: x shifts with z."""
+        """Squared distance from `centre` in `radii` (x, y, z; mm), bumpy: below 1 inside. `lean`: x moves with z."""
         dz = self.z - centre[2]
-        square = ((self.x - centre[0] - lean * dz) / radii[0]) ** 2
+        square: Field3D = ((self.x - centre[0] - lean * dz) / radii[0]) ** 2
         square += ((self.y - centre[1]) / radii[1]) ** 2
         square += (dz / radii[2]) ** 2
         square += rough * self._bumps[self._rng.integers(len(self._bumps))]
@@ -222,8 +225,9 @@ class _Body:
 
     def tube(self, x: float, y: float, radii: tuple[float, float], rough: float = 0.1) -> Field3D:
         """Like `ellipsoid`, without end along z."""
-        square = ((self.x - x) / radii[0]) ** 2 + ((self.y - y) / radii[1]) ** 2
-        return square + rough * self._bumps[self._rng.integers(len(self._bumps))]
+        square: Field3D = ((self.x - x) / radii[0]) ** 2 + ((self.y - y) / radii[1]) ** 2
+        square += rough * self._bumps[self._rng.integers(len(self._bumps))]
+        return square
 
 
 def _draw(body: _Body, phase: _Phase, rng: np.random.Generator) -> tuple[Field3D, npt.NDArray[np.uint8]]:
@@ -238,11 +242,10 @@ def _draw(body: _Body, phase: _Phase, rng: np.random.Generator) -> tuple[Field3D
     units[skin] = -105
     units[wall] = 52
     units[inner] = -98
-    z = body.z
 
     # Bowel: loops in front, some with gas, their content as bright as muscle, liver or kidney without contrast medium.
-    for _ in range(rng.integers(11, 16)):
-        centre = (rng.uniform(-75, 75), rng.uniform(-68, -5), rng.uniform(-105, 70))
+    for _ in range(rng.integers(20, 30)):
+        centre = (rng.uniform(-88, 88), rng.uniform(-64, 2), rng.uniform(-105, 75))
         loop = body.ellipsoid(centre, (rng.uniform(13, 24), rng.uniform(11, 18), rng.uniform(14, 34)), rough=0.2)
         units[inner & (loop < 1)] = vary(62, 12)
         units[inner & (loop < 0.55)] = vary(25, 12)
@@ -271,13 +274,12 @@ def _draw(body: _Body, phase: _Phase, rng: np.random.Generator) -> tuple[Field3D
     label = np.zeros(units.shape, np.uint8)
     with_tumour = {-1: (-1,), 0: (-1, 1), 1: (1,)}[int(rng.choice([-1, 0, 1], p=[0.4, 0.2, 0.4]))]
     for side in (-1, 1):
-        _draw_kidney(units, label, body, phase, rng, side, tumour=side in with_tumour)
+        _draw_kidney(units, label, body, outline, phase, rng, side, tumour=side in with_tumour)
 
     texture = 5 * body.waves(rng, 18) + 5 * body.waves(rng, 40)
     units[skin] += texture[skin]
     table = np.abs(body.y - 122 - 0.0006 * body.x**2) < 3.5
     units[~skin & table] = -420
-    del z
     return units, label
 
 
@@ -295,8 +297,8 @@ def _draw_bones(units: Field3D, body: _Body, outline: Field3D, wall: Mask, rng: 
     spinous = (np.abs(body.x) < 4) & (body.y > 86) & (body.y < 103) & (height > 14) & (height < 28)
     transverse = (np.abs(body.x) < 44) & (np.abs(body.y - 70) < 5) & (height > 16) & (height < 25) & (canal > 1)
     units[wall & (spinous | transverse)] = 330
-    ribs = (body.z - 0.55 * body.y + 6) % 30 < 9  # they run downwards to the front
-    ring = (outline > 0.585) & (outline < 0.72) & (body.z > -25) & (np.abs(body.x) > 40)
+    ribs = (body.z - 0.8 * body.y + 6) % 32 < 9  # they run downwards to the front
+    ring = (outline > 0.60) & (outline < 0.70) & (body.z > -15) & (np.abs(body.x) > 62)
     units[ring & ribs] = 310
 
 
@@ -304,6 +306,7 @@ def _draw_kidney(
     units: Field3D,
     label: npt.NDArray[np.uint8],
     body: _Body,
+    outline: Field3D,
     phase: _Phase,
     rng: np.random.Generator,
     side: int,
@@ -316,6 +319,7 @@ def _draw_kidney(
     shape = body.ellipsoid(centre, radii, lean, rough=0.14)
     units[(shape < 1.45) & (units > 0) & (units < 250)] = -95  # perirenal fat keeps the organs off, mostly
     sinus = body.ellipsoid((centre[0] - 17 * side, centre[1] - 3, centre[2]), (17, 11, 23), lean, rough=0.2)
+    shape[outline > 0.62] = np.inf  # everything stays within the abdominal wall
     kidney = (shape < 1) & (sinus > 1)
     units[shape < 1] = rng.normal(phase.cortex, 6)
     units[kidney & (shape < 0.6) & (body.waves(rng, 24) > -0.5)] = rng.normal(phase.medulla, 6)
@@ -326,8 +330,8 @@ def _draw_kidney(
         return
     # Anywhere on the surface but towards the spine; the larger ones bulge out.
     angle, level = rng.uniform(-1.9, 1.9), rng.uniform(-0.75, 0.75)
-    radius = rng.uniform(11, 27)
-    across = np.sqrt(1 - level**2)
+    radius = rng.uniform(13, 27)
+    across = 0.85 * np.sqrt(1 - level**2)
     seat = (
         centre[0] + side * radii[0] * across * np.cos(angle) + lean * radii[2] * level,
         centre[1] + radii[1] * across * np.sin(angle),
@@ -336,6 +340,7 @@ def _draw_kidney(
     growth = body.ellipsoid(
         seat, (radius, radius * rng.uniform(0.85, 1.1), radius * rng.uniform(0.85, 1.2)), rough=0.18
     )
+    growth[outline > 0.62] = np.inf
     mass = growth < 1
     units[mass] = rng.normal(phase.tumour, 7) + 12 * body.waves(rng, 22)[mass]
     if radius > 17:

@@ -1,4 +1,4 @@
-"""A consortium in one process: drives the sites and the aggregator of one attempt, losing sites where a test says so."""
+"""A consortium in one process: drives the sites and the aggregator of an attempt, and loses sites as told."""
 
 import hashlib
 from collections.abc import Callable, Iterator

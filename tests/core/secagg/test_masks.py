@@ -5,7 +5,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
-from fedsam_core.secagg.keys import Secret
+from fedsam_core.secagg.keys import Secret, pair_mask_key, self_mask_key
 from fedsam_core.secagg.masks import PIECE, apply_masks
 
 KEYS = [bytes([i]) * 32 for i in range(4)]
@@ -54,6 +54,25 @@ def test_masked_vectors_of_a_fixed_input_look_uniform_and_share_nothing(consorti
         for b in views[i + 1 : 8]:
             assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(size)
             assert (a == b).mean() < 1e-3
+
+
+def test_a_server_that_knows_all_pair_masks_still_meets_the_self_mask(consortium):
+    """A vector that comes after its site was declared lost, and its mask key rebuilt, must stay hidden."""
+    size = 4096
+    parties = consortium(3, size=size)
+    parties.vectors = dict.fromkeys(parties.sites, np.zeros(size, np.uint32))
+    parties.run(until="share")
+    parties.broadcast["share"] = parties.close("share")
+    session, context = parties.sessions["site1"], parties.attempt.digest()
+    pairs = {
+        peer: pair_mask_key(session._mask_secret, 1, peer, session._peers[peer].mask_key, context) for peer in (0, 2)
+    }
+    own = self_mask_key(session._seed, 1, context)
+    masked = np.frombuffer(parties.call("masked", "site1", parties.broadcast["share"])[48:-64], "<u4").copy()
+    apply_masks(masked, plus=[pairs[0]], minus=[pairs[2]])
+    assert (masked == 0).mean() < 0.01
+    apply_masks(masked, plus=[], minus=[own])
+    assert not masked.any()
 
 
 def test_attempts_differ_even_if_a_site_drew_the_same_secrets(consortium):

@@ -56,7 +56,7 @@ def test_shares_are_fresh_each_time():
 def test_wrong_shares_are_noticed(entropy):
     shares = split(Secret(b"\x01" * 32), 3, [1, 2, 3], entropy("s"))
     raw = [bytes(share.reveal()) for share in shares.values()]
-    raw[1] = (int.from_bytes(raw[1], "big") ^ 1).to_bytes(66, "big")
+    raw[1] = (int.from_bytes(raw[1], "big") ^ 1 << 300).to_bytes(66, "big")
     with pytest.raises(SecureSumError, match="do not fit"):
         combine(raw, weights([1, 2, 3]))
     with pytest.raises(SecureSumError, match="distinct"):

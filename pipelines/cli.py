@@ -1,0 +1,49 @@
+"""`fedsam ...`: the stages, and the tools beside them."""
+
+import sys
+from importlib import import_module
+
+import fedsam_core
+
+COMMANDS = {
+    "demo": "a federation of three synthetic hospitals on this machine, in minutes",
+    "selections": "what each layer selection trains and sends",
+    "prepare": "read and check every scan, and store it ready for training",
+    "federate": "train adapter layers across sites; only the masked sum is opened",
+    "evaluate": "segment and score a cohort with a trained adapter",
+    "submit": "run a stage as a job on a Ray cluster",
+}
+
+
+def main() -> None:
+    """Hands over to the command's own module, so that one command does not wait for another's imports."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        module = import_module(f"pipelines.{arguments[0]}")
+        (module.STAGE.main if hasattr(module, "STAGE") else module.main)(arguments[1:])
+    elif arguments in (["--version"], ["-V"]):
+        print(f"fedsam {fedsam_core.__version__}")
+    else:
+        known = not arguments or arguments[0] in ("-h", "--help")
+        complaint = "" if known else f"fedsam: no command {arguments[0]!r}\n\n"
+        print(complaint + _help(), file=None if known else sys.stderr)
+        sys.exit(0 if known else 2)
+
+
+def _help() -> str:
+    lines = [f"  {name:<12}{meaning}" for name, meaning in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fedsam COMMAND [--help] ...",
+            "",
+            "Federated, parameter-efficient fine-tuning of Segment Anything for 3D medical segmentation.",
+            "",
+            *lines,
+            "",
+            "A stage takes `--config FILE key=value ...`; `fedsam COMMAND --help` lists the keys.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Stage `federate`: sites train adapter layers in rounds; only the masked sum of their updates is ever opened."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+import fedsam_core
+from cluster.driver import drive
+from cluster.placement import cluster_nodes, plan, preflight
+from cluster.site import create_sites
+from cluster.tracking import RunTracker
+from fedsam_core.data.cohort import Cohort
+from fedsam_core.data.preprocess import PreparedCohort
+from fedsam_core.federation.engine import Engine, in_process
+from fedsam_core.federation.rounds import Federation, State, run_rounds
+from fedsam_core.federation.site import FederatedSite, SiteSpec
+from fedsam_core.hashing import derive_seed, file_sha256, stable_hash
+from fedsam_core.sam.adapters import adapt, shared_state
+from fedsam_core.sam.backbones import build_segmenter
+from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.selection import ParameterManifest
+from pipelines import console
+from pipelines.config import Config, flatten
+from pipelines.prepare import prepared_cohort, prepared_folder
+from pipelines.recorder import Emit, Event, Outcome, Recorder
+from pipelines.run_folder import RunFolder
+from pipelines.stage import Stage
+
+OpenEngine = Callable[[list[SiteSpec]], Engine]
+
+
+def run(config: Config) -> None:
+    """Runs the federation and prints what came of it."""
+    with console.Bars() as bars:
+        prepared = prepared_cohort(config, bars)
+        outcome = federate(config, prepared, partial(_print, bars))
+    show(outcome)
+
+
+def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
+    """Runs a federation on the configured engine.
+
+    Raises:
+        FedsamError: what is wrong, in one line; nothing half-written is left under a final name.
+    """
+    if config.engine.kind == "in-process":
+        return run_federation(config, lambda specs: in_process(specs, FederatedSite), emit)
+    with _ray():
+        preflight(prepared.cohort.sites, cluster_nodes(), config.engine.site)
+        result: Outcome = drive(partial(run_federation, config, partial(_ray_engine, config)), emit)
+        return result
+
+
+def run_federation(config: Config, open_engine: OpenEngine, emit: Emit) -> Outcome:
+    """The run itself: wherever this executes is the driver."""
+    cohort = PreparedCohort.open(prepared_folder(config)).cohort
+    segmenter, manifest, state = initial_model(config, len(cohort.classes))
+    config_hash = config.science_hash(cohort.hash)
+    run_id = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}"
+    emit(Event(f"run {run_id}: {len(cohort.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"))
+
+    engine = open_engine(site_specs(config, cohort, run_id, config_hash))
+    try:
+        federation = Federation(engine, manifest, len(cohort.classes), run_id, config_hash, config.federation)
+        federation.open()
+        devices = ", ".join(sorted({site["device"] for site in federation.sites.values()}))
+        emit(Event(f"sites are open on {devices}; sums are {config.federation.secure_sum}"))
+        tags = run_tags(config, cohort, manifest, segmenter, config_hash, devices)
+        with RunTracker(config.tracking, config.work_dir, run_id, run_params(config), tags) as tracker:
+            folder = RunFolder(config.work_dir / "runs" / run_id)
+            recorder = Recorder(config, cohort, federation, folder, tracker, emit)
+            recorder.begin(test=federation.score(state, "test", 0), validation=federation.score(state, "val", 0))
+            state = run_rounds(federation, state, recorder.after_round)
+            final = federation.score(state, "test", config.federation.rounds, pictures=True)
+            return recorder.finish(segmenter, state, final)
+    finally:
+        engine.close()
+
+
+def initial_model(config: Config, classes: int) -> tuple[SamSegmenter, ParameterManifest, State]:
+    """The model as every site builds it, its manifest, and the global state before the first round."""
+    segmenter = build_segmenter(config.model, classes, config.layers, seed=derive_seed(config.seed, "model"))
+    manifest = adapt(segmenter, config.layers)
+    return segmenter, manifest, shared_state(segmenter, manifest)
+
+
+def site_specs(config: Config, cohort: Cohort, run_id: str, config_hash: str) -> list[SiteSpec]:
+    """What each site is told."""
+    return [
+        SiteSpec(
+            run=run_id,
+            site=site,
+            seed=config.seed,
+            config_hash=config_hash,
+            cohort=prepared_folder(config),
+            model=config.model,
+            selection=config.layers,
+            slices=config.slices,
+            learning=config.learning,
+            federation=config.federation,
+            inference_batch=config.evaluation.batch_size,
+        )
+        for site in cohort.sites
+    ]
+
+
+def run_params(config: Config) -> dict[str, Any]:
+    """Flat parameters of an MLflow run; the same names for every run, so that runs compare."""
+    sections = config.model_dump(mode="json", exclude={"work_dir", "tracking", "engine", "cohort", "selection", "rank"})
+    lora = config.layers.lora
+    return {
+        **flatten(sections),
+        "selection": config.layers.name,
+        "rank": lora.rank if lora else 0,
+        "cohort": config.cohort.name,
+        "engine": config.engine.kind,
+    }
+
+
+def run_tags(
+    config: Config, cohort: Cohort, manifest: ParameterManifest, segmenter: SamSegmenter, config_hash: str, devices: str
+) -> dict[str, str]:
+    """Tags of an MLflow run: what it was made from, by hash, and what a reader must know to judge it."""
+    return {
+        "fedsam.stage": "federate",
+        "fedsam.version": fedsam_core.__version__,
+        "fedsam.config_hash": config_hash,
+        "fedsam.layout_hash": manifest.layout_hash,
+        "fedsam.cohort_hash": cohort.hash,
+        "fedsam.code_hash": code_hash(),
+        "fedsam.trainable": str(manifest.trainable),
+        "fedsam.device": devices,
+        "fedsam.secure_sum": config.federation.secure_sum,
+        "fedsam.roster": "development",  # keys collected by the driver: nobody vouches for them
+        "fedsam.synthetic": str(cohort.synthetic).lower(),
+        "fedsam.weights": segmenter.weights,
+    }
+
+
+def code_hash() -> str:
+    """SHA-256 (hex) over the sources of the three packages."""
+    root = Path(fedsam_core.__file__).parents[1]
+    sources = [path for package in ("fedsam_core", "cluster", "pipelines") for path in (root / package).rglob("*.py")]
+    return stable_hash({str(path.relative_to(root)): file_sha256(path) for path in sorted(sources)})
+
+
+def show(outcome: Outcome) -> None:
+    """Prints the closing table and where everything is."""
+    before, after = outcome.before, outcome.after
+    rows = [(f"site {site}", before["per_site"].get(site), dice) for site, dice in sorted(after["per_site"].items())]
+    rows += [(f"class {name}", before["per_class"][name], dice) for name, dice in after["per_class"].items()]
+    rows.append(("all sites", before["dice"], after["dice"]))
+    console.out.print(console.table("Dice on the test cases, in the scans' own grid", ("", "before", "after"), rows))
+    up, down = console.size(outcome.bytes_up), console.size(outcome.bytes_down)
+    console.out.print(f"bytes a round, all sites: {up} up, {down} down ({outcome.trained:,} values trained)")
+    console.out.print(f"{outcome.rounds} rounds in {outcome.minutes:.1f} minutes")
+    console.out.print(
+        f"run folder: {outcome.folder}\npictures:   {outcome.folder / 'pictures'}\nMLflow UI:  {outcome.ui}"
+    )
+
+
+def _print(bars: console.Bars, event: Event) -> None:
+    console.out.print(event.text)
+    if event.total:
+        bars("rounds", event.done, event.total)
+
+
+def _ray_engine(config: Config, specs: Sequence[SiteSpec]) -> Engine:
+    placed = plan([spec.site for spec in specs], cluster_nodes(), config.engine.site)
+    return create_sites(specs, placed, FederatedSite)
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """Connects to the cluster that RAY_ADDRESS names (a Ray job's own), else to a local one made for this run."""
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS"),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+STAGE = Stage("federate", __doc__ or "", run)
+
+if __name__ == "__main__":
+    STAGE.main()

@@ -1,0 +1,182 @@
+"""Writes what a federation gives, while it runs: to its folder, to MLflow, and to whoever looks on."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from cluster.tracking import RunTracker
+from fedsam_core.data.cohort import Cohort
+from fedsam_core.evaluation.metrics import summarize
+from fedsam_core.evaluation.overlays import dice_bars
+from fedsam_core.federation.rounds import Federation, RoundReport, Scores, State
+from fedsam_core.federation.state import pack_state
+from fedsam_core.sam.adapters import load_shared_state, save_adapter
+from fedsam_core.sam.segmenter import SamSegmenter
+from pipelines.config import Config
+from pipelines.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a person who waits wants to see.
+
+    Attributes:
+        text: a line for the log.
+        done, total: rounds that are finished, of how many.
+    """
+
+    text: str
+    done: int = 0
+    total: int = 0
+
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the closing table shows.
+
+    Attributes:
+        folder: the run's folder.
+        ui: command that opens the MLflow UI.
+        before, after: Dice on the test cases, before the first and after the last round: "dice" over all sites from the
+            masked sum, "per_class", and "per_site" from the sites that tell.
+        bytes_up, bytes_down: serialized messages of a training round, mean over rounds, all sites together.
+        trained: parameters trained and sent.
+        rounds: how many.
+        minutes: from the first to the last score.
+    """
+
+    folder: Path
+    ui: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    bytes_up: float
+    bytes_down: float
+    trained: int
+    rounds: int
+    minutes: float
+
+
+class Recorder:
+    """Follows one run from its first score to its last."""
+
+    def __init__(
+        self, config: Config, cohort: Cohort, federation: Federation, folder: RunFolder, tracker: RunTracker, emit: Emit
+    ) -> None:
+        self._config = config
+        self._cohort = cohort
+        self._federation = federation
+        self._folder = folder
+        self._tracker = tracker
+        self._emit = emit
+        self._rounds: list[dict[str, Any]] = []
+        self._started = monotonic()
+
+    def begin(self, test: Scores, validation: Scores) -> None:
+        """Before the first round: what is trained, and how the model segments as it is."""
+        self._before = self._summary(test)
+        self._folder.write_yaml("config.yaml", self._config.model_dump(mode="json"))
+        self._folder.write("manifest.json", self._federation.manifest.to_json().encode())
+        self._tracker.log_round(0, self._validation_metrics(validation))
+        self._emit(
+            Event(f"before training: test Dice {_number(self._before['dice'])}", 0, self._config.federation.rounds)
+        )
+
+    def after_round(self, report: RoundReport, state: State) -> None:
+        """After each round: checkpoint, tables, metrics, a line."""
+        manifest, ledger = self._federation.manifest, self._federation.ledger
+        note = {"round": str(report.round), "run": self._federation.run, "state_hash": report.state_hash}
+        self._folder.write("state.safetensors", pack_state(manifest, state, note))
+        metrics = {
+            "train/loss": report.loss,
+            "train/update_norm": report.update_norm,
+            "round/sites": float(len(report.contributors)),
+            "comm/bytes_up": float(report.bytes_up),
+            "comm/bytes_down": float(report.bytes_down),
+            "comm/bytes_total": float(ledger.total()),
+            **{f"round/seconds_{stage}": seconds for stage, seconds in report.seconds.items()},
+            **(self._validation_metrics(report.validation) if report.validation else {}),
+        }
+        self._tracker.log_round(report.round, metrics)
+        row = {"round": report.round, "state_hash": report.state_hash, "contributors": " ".join(report.contributors)}
+        self._rounds.append(row | {"lost": "; ".join(f"{s}: {why}" for s, why in report.lost.items())} | metrics)
+        self._folder.write_table("rounds.csv", self._rounds)
+        self._folder.write_table("ledger.csv", ledger.rows())
+        for site, why in report.lost.items():
+            self._emit(Event(f"round {report.round}: went on without {site} ({why})"))
+        dice = "" if report.validation is None else f", validation Dice {_number(report.validation.mean_dice)}"
+        line = f"round {report.round}: loss {report.loss:.3f}{dice}, {sum(report.seconds.values()):.0f} s"
+        self._emit(Event(line, report.round, self._config.federation.rounds))
+
+    def finish(self, segmenter: SamSegmenter, state: State, test: Scores) -> Outcome:
+        """After the last round: adapter, scores, pictures, and the outcome."""
+        federation, config = self._federation, self._config
+        after = self._summary(test)
+        load_shared_state(segmenter, federation.manifest, state)
+        card = {
+            "run": federation.run,
+            "cohort": self._cohort.name,
+            "classes": list(self._cohort.classes),
+            "dice": after["dice"],
+        }
+        save_adapter(segmenter, federation.manifest, self._folder.path / "adapter", card)
+        self._folder.write_table("scores.csv", [score.row() for score in test.cases])
+        for site, png in test.pictures.items():
+            self._folder.write(f"pictures/{site}.png", png)
+        if after["shared"] and self._before["shared"]:
+            bars = self._folder.path / "pictures" / "dice.png"
+            dice_bars(after["shared"], self._cohort, bars, self._before["shared"])
+        training = [(r["comm/bytes_up"], r["comm/bytes_down"]) for r in self._rounds]
+        outcome = Outcome(
+            folder=self._folder.path,
+            ui=self._tracker.ui_command(),
+            before=self._before,
+            after=after,
+            bytes_up=sum(up for up, _ in training) / len(training),
+            bytes_down=sum(down for _, down in training) / len(training),
+            trained=federation.manifest.trainable,
+            rounds=config.federation.rounds,
+            minutes=(monotonic() - self._started) / 60,
+        )
+        self._folder.write_json("summary.json", asdict(outcome) | {"folder": str(outcome.folder)})
+        self._tracker.log_final(self._final_metrics(after))
+        self._tracker.log_folder(self._folder.path)
+        return outcome
+
+    def _summary(self, scores: Scores) -> dict[str, Any]:
+        shared = summarize(scores.cases, self._cohort.classes) if scores.cases else None
+        return {
+            "dice": _known(scores.mean_dice),
+            "per_class": {name: _known(dice) for name, dice in zip(self._cohort.classes, scores.dice, strict=True)},
+            "per_site": {site: group["dice"] for site, group in shared["per_site"].items()} if shared else {},
+            "shared": shared,
+        }
+
+    def _validation_metrics(self, scores: Scores) -> dict[str, float]:
+        return _metrics("val/dice", "dice", self._summary(scores))
+
+    def _final_metrics(self, after: dict[str, Any]) -> dict[str, float]:
+        return _metrics("test/dice", "test_dice", after) | _metrics(
+            "test/dice_before", "test_dice_before", self._before
+        )
+
+
+def _metrics(overall: str, by_site: str, summary: dict[str, Any]) -> dict[str, float]:
+    """Flat metric names: `overall`, `overall`_CLASS, site/ID/`by_site`. What could not be scored is left out."""
+    named = {overall: summary["dice"]}
+    named |= {f"{overall}_{name}": dice for name, dice in summary["per_class"].items()}
+    named |= {f"site/{site}/{by_site}": dice for site, dice in summary["per_site"].items()}
+    return {name: dice for name, dice in named.items() if dice is not None}
+
+
+def _known(dice: float) -> float | None:
+    return None if math.isnan(dice) else dice
+
+
+def _number(dice: float | None) -> str:
+    return "-" if dice is None or math.isnan(dice) else f"{dice:.3f}"

@@ -1,0 +1,54 @@
+"""What a federation leaves behind: one folder with all that is needed to use, compare and repeat it.
+
+config.yaml    the resolved configuration             manifest.json      parameters trained, sent and kept local
+adapter/       the result, ready to load              state.safetensors  the global shared state after each round
+rounds.csv     a row a round                          ledger.csv         bytes by site, direction, round, purpose
+scores.csv     a row a test case                      summary.json       Dice before and after, bytes, minutes
+pictures/      an overlay a site, Dice by site
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedsam_core.data.files import write_atomic
+
+
+class RunFolder:
+    """A folder of results. Every file is written whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, name: str) -> Path:
+        """Where a file of that name goes."""
+        return self.path / name
+
+    def write(self, name: str, data: bytes) -> Path:
+        """A file of bytes. Raises DataError if the disk refuses."""
+        path = self.file(name)
+        write_atomic(path, data)
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Indented JSON."""
+        return self.write(name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def write_yaml(self, name: str, value: Any) -> Path:
+        """YAML in the order of the keys."""
+        return self.write(name, yaml.safe_dump(value, sort_keys=False).encode())
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A CSV file with a header; no rows, no file."""
+        if not rows:
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write(name, text.getvalue().encode())

