@@ -15,7 +15,7 @@ import fedsam_core
 from cluster.driver import drive
 from cluster.placement import cluster_nodes, plan, preflight
 from cluster.site import create_sites
-from cluster.tracking import RunTracker
+from cluster.tracking import Tracking
 from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.federation.engine import Engine, in_process
@@ -50,6 +50,7 @@ def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
     Raises:
         FedsamError: what is wrong, in one line; nothing half-written is left under a final name.
     """
+    Tracking(config.tracking, config.work_dir).check()
     if config.engine.kind == "in-process":
         return run_federation(config, lambda specs: in_process(specs, FederatedSite), emit)
     with _ray():
@@ -73,13 +74,14 @@ def run_federation(config: Config, open_engine: OpenEngine, emit: Emit) -> Outco
         devices = ", ".join(sorted({site["device"] for site in federation.sites.values()}))
         emit(Event(f"sites are open on {devices}; sums are {config.federation.secure_sum}"))
         tags = run_tags(config, cohort, manifest, segmenter, config_hash, devices)
-        with RunTracker(config.tracking, config.work_dir, run_id, run_params(config), tags) as tracker:
+        tracking = Tracking(config.tracking, config.work_dir)
+        with tracking.start(run_id, run_params(config), tags) as tracker:
             folder = RunFolder(config.work_dir / "runs" / run_id)
             recorder = Recorder(config, cohort, federation, folder, tracker, emit)
             recorder.begin(test=federation.score(state, "test", 0), validation=federation.score(state, "val", 0))
             state = run_rounds(federation, state, recorder.after_round)
             final = federation.score(state, "test", config.federation.rounds, pictures=True)
-            return recorder.finish(segmenter, state, final)
+            return recorder.finish(segmenter, state, final, tracking.ui_command())
     finally:
         engine.close()
 

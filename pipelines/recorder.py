@@ -113,7 +113,7 @@ class Recorder:
         line = f"round {report.round}: loss {report.loss:.3f}{dice}, {sum(report.seconds.values()):.0f} s"
         self._emit(Event(line, report.round, self._config.federation.rounds))
 
-    def finish(self, segmenter: SamSegmenter, state: State, test: Scores) -> Outcome:
+    def finish(self, segmenter: SamSegmenter, state: State, test: Scores, ui: str) -> Outcome:
         """After the last round: adapter, scores, pictures, and the outcome."""
         federation, config = self._federation, self._config
         after = self._summary(test)
@@ -134,7 +134,7 @@ class Recorder:
         training = [(r["comm/bytes_up"], r["comm/bytes_down"]) for r in self._rounds]
         outcome = Outcome(
             folder=self._folder.path,
-            ui=self._tracker.ui_command(),
+            ui=ui,
             before=self._before,
             after=after,
             bytes_up=sum(up for up, _ in training) / len(training),
@@ -144,8 +144,11 @@ class Recorder:
             minutes=(monotonic() - self._started) / 60,
         )
         self._folder.write_json("summary.json", asdict(outcome) | {"folder": str(outcome.folder)})
-        self._tracker.log_final(self._final_metrics(after))
-        self._tracker.log_folder(self._folder.path)
+        self._tracker.log_round(config.federation.rounds, self._final_metrics(after))
+        self._tracker.log_table("rounds", self._rounds)
+        if test.cases:
+            self._tracker.log_table("scores", [score.row() for score in test.cases])
+        self._tracker.log_artifact(self._folder.path)
         return outcome
 
     def _summary(self, scores: Scores) -> dict[str, Any]:

@@ -39,10 +39,10 @@ def test_tables_are_resized_linearly() -> None:
         square = rng.normal(size=(1, 64, 64, 5))
         expected = linear(linear(square, grid, 1), grid, 2)
         found = resize_table(torch.from_numpy(square).float(), torch.Size((1, grid, grid, 5)))
-        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
         line = rng.normal(size=(127, 5))
         found = resize_table(torch.from_numpy(line).float(), torch.Size((2 * grid - 1, 5)))
-        np.testing.assert_allclose(found.numpy(), linear(line, 2 * grid - 1, 0), atol=1e-5)
+        np.testing.assert_allclose(found.numpy(), linear(line, 2 * grid - 1, 0), atol=1e-4)
 
 
 @pytest.mark.parametrize("image_size", [112, 160, 224])
@@ -106,7 +106,7 @@ def test_adapted_and_merged_sam_is_an_official_one(
                 dense_prompt_embeddings=dense,
             )
             found = official.postprocess_masks(low, (112, 112), (112, 112))[0]
-            torch.testing.assert_close(found, masks, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(found, masks, atol=1e-5 * float(masks.abs().max()), rtol=1e-5)
 
 
 def test_report_names_what_is_new_resized_and_left_out(checkpoint: Path) -> None:

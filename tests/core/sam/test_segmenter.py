@@ -1,6 +1,7 @@
 """The segmenter computes what the official SAM computes, and builds the same thing from the same seed."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_decoder_in_a_batch_equals_the_official_one_image_by_image(
         found = segmenter.decode(embeddings)
     assert expected.shape == (3, 4, 28, 28)
     expected = F.interpolate(expected, size=(112, 112), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(found[:, 1:], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[:, 1:], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
     assert not found[:, 0].any()
 
 
@@ -108,7 +109,7 @@ def test_head_equals_plain_transposed_convolutions(head: str, widths: tuple[int,
     segmenter = randomize(build("partial-decoder", classes=2, head=head))
     decoder = segmenter.mask_decoder
     layers: list[nn.Module] = []
-    for stage, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for stage, (before, after) in enumerate(pairwise(widths)):
         layers.append(nn.ConvTranspose2d(before, after, kernel_size=2, stride=2))
         if stage < (3 if head == "flap" else 1):
             layers.append(LayerNorm2d(after))
