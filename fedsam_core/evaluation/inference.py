@@ -74,11 +74,12 @@ def segment_scan(
     The argmax of what `case.geometry.to_scan` makes of `predict_volume`'s probabilities: probabilities are resampled
     (linearly), not labels, so that contours do not turn into stairs. It is computed batch by batch:
 
-    - The prepared volume has the scan's slices: each batch is brought to the scan's rows and columns and reduced to
-      labels. Beyond the case itself and a batch, only the result is held, 1 byte a voxel.
-    - Slices were resampled too: probabilities are held as float16 with the scan's rows and columns and the prepared
-      slices (0.9 GB for 512 x 512 x 548 and two classes), and resampled across slices in blocks of rows. Where two
-      classes are equal to within float16 (5e-4) the label may be the other one.
+    - Where the prepared volume has the scan's slices, each batch is brought to the scan's rows and columns and reduced
+      to labels. Beyond the case itself and a batch, only the result is held, 1 byte a voxel (3 while its axes are
+      turned): 0.5 GiB for 512 x 512 x 548 voxels.
+    - Where slices were resampled too, probabilities are held as float16 with the scan's rows and columns and the
+      prepared slices, and resampled across slices in blocks of rows: 1.7 GiB for the same scan, two classes and 685
+      slices. Two classes that are equal to within float16 (5e-4) may come out the other way round.
 
     Args and effects are those of `predict_volume`.
 

@@ -20,15 +20,15 @@ MakeCase = Callable[..., Case]
 class GrayReader(torch.nn.Module):
     """A "model" for scans whose gray values are their labels: value k / classes in the middle channel is class k.
 
-    It keeps what it was shown, so that tests can count and compare.
+    It keeps what it was shown (if `keep`), so that tests can count and compare.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, keep: bool = True) -> None:
         super().__init__()
         self.classes = classes
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.part = torch.nn.Dropout(0.5)
-        self.keep = True
+        self.keep = keep
         self.seen: list[torch.Tensor] = []
         self.modes: list[tuple[bool, bool, bool, bool]] = []
 

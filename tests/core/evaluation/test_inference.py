@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedsam_core.data.cohort import Case
 from fedsam_core.data.geometry import Geometry
 from fedsam_core.data.slices import SliceConfig, SliceDataset, from_square, to_square
 from fedsam_core.errors import DataError
@@ -160,6 +161,50 @@ def test_the_real_segmenter(make_case: MakeCase) -> None:
     assert all(p.grad is not None for p in segmenter.parameters() if p.requires_grad)
 
 
+def case_of(mask: Path, tmp_path: Path) -> Case:
+    """A case whose scan shows the labels of a real mask as gray values, in the mask's own geometry."""
+    label = nib.load(mask)
+    scan = tmp_path / "scan.nii"
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj).astype(np.float32) / 2, label.affine, label.header), scan)
+    return Case(
+        id=mask.name,
+        site="site",
+        split="test",
+        image=str(scan),
+        label=str(mask),
+        shape=label.shape,
+        spacing=tuple(float(size) for size in nib.affines.voxel_sizes(label.affine)),
+        orientation="".join(nib.aff2axcodes(label.affine)),
+        label_values=(0, 1, 2),
+        intensity={},
+        image_sha256="",
+        label_sha256="",
+    )
+
+
+@pytest.mark.real_data
+def test_real_masks_come_back_voxel_by_voxel(real_data: Path, tmp_path: Path) -> None:
+    masks = sorted((real_data / "Task04_Hippocampus" / "labelsTr").glob("hippocampus_*.nii.gz"))[::11]
+    masks.append(real_data / "kits19" / "data" / "case_00039" / "segmentation.nii.gz")  # uint16; axes I, P, L
+    assert len(masks) == 7
+    for mask in masks:
+        case = prepared(case_of(mask, tmp_path))
+        square = max(case.image.shape[1:])
+        segmentation = segment_scan(GrayReader(2, keep=False), case, CONFIG, square, batch_size=8)
+        np.testing.assert_array_equal(segmentation, nib.load(mask).get_fdata())
+
+
+@pytest.mark.real_data
+def test_real_masks_survive_resampling_from_5_mm_to_1_mm(real_data: Path, tmp_path: Path) -> None:
+    mask = real_data / "kits19" / "data" / "case_00038" / "segmentation.nii.gz"
+    case = prepared(case_of(mask, tmp_path), spacing=(1.0, 1.0, 1.0))
+    assert case.image.shape[0] == 160
+    segmentation = segment_scan(GrayReader(2, keep=False), case, CONFIG, max(case.image.shape[1:]), batch_size=8)
+    truth = nib.load(mask).get_fdata()
+    for value in (1, 2):
+        assert dice(segmentation == value, truth == value) >= 0.97
+
+
 @pytest.mark.parametrize(("slices_resampled", "bytes_a_voxel"), [(False, 3), (True, 7 * 2 + 5)])
 def test_memory_grows_with_the_result_alone(make_case: MakeCase, slices_resampled: bool, bytes_a_voxel: int) -> None:
     def peak(depth: int) -> int:
@@ -169,8 +214,7 @@ def test_memory_grows_with_the_result_alone(make_case: MakeCase, slices_resample
             geometry = Geometry.plan(np.diag([1, 1, 10 / 11, 1.0]), (96, 96, scan_depth), "axial", (1.0, 1.0, 1.0))
             case = replace(case, geometry=geometry)
             assert geometry.shape == case.image.shape
-        reader = GrayReader(6)
-        reader.keep = False
+        reader = GrayReader(6, keep=False)
         tracemalloc.start()
         segment_scan(reader, case, CONFIG, 48, batch_size=4)
         _, top = tracemalloc.get_traced_memory()
