@@ -106,7 +106,7 @@ def dice_per_class(prediction: Array, truth: Array, classes: int) -> Floats:
         _as_labels(prediction, classes, "prediction"),
         _as_labels(truth, classes, "truth"),
         include_background=False,
-        ignore_empty=True,  # MONAI would give nan to a false positive, and a nan-mean would then reward it
+        ignore_empty=False,  # MONAI would give nan to a false positive, and a nan-mean would then reward it
         num_classes=classes + 1,
     )
     dice = np.asarray(scores[0].numpy(), dtype=np.float64)
