@@ -57,10 +57,9 @@ def drive(run: Run, emit: Emit, cpus: float = 0.0) -> Any:
         FedsamError: as the run raised it.
         ClusterError: the driver's process or node died.
     """
-    driver = (
-        ray.remote(FederationDriver)
-        .options(num_cpus=cpus, max_concurrency=2, max_restarts=0, name=f"driver/{time.time_ns():x}")
-        .remote(run)
+    remote: Any = ray.remote(FederationDriver)
+    driver = remote.options(num_cpus=cpus, max_concurrency=2, max_restarts=0, name=f"driver/{time.time_ns():x}").remote(
+        run
     )
     try:
         result = driver.run.remote()

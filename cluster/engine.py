@@ -21,9 +21,10 @@ class RayEngine:
     Numpy arrays in replies and in shared values are read-only: they lie in Ray's shared memory.
     """
 
-    def __init__(self, actors: Mapping[str, ActorHandle]) -> None:
+    def __init__(self, actors: Mapping[str, ActorHandle[Any]]) -> None:
         self._actors = {site: actors[site] for site in sorted(actors)}
-        self._busy: dict[str, tuple[ray.ObjectRef, str]] = {}  # calls that missed their deadline: answer and method
+        # Calls that missed their deadline: the answer to come, and the method.
+        self._busy: dict[str, tuple[ray.ObjectRef[Any], str]] = {}
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -38,13 +39,13 @@ class RayEngine:
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Calls `method` at the sites named in `args` at once; see the protocol.
 
-        A site that misses the deadline is lost for this call only. Its late answer is ignored, and the next call is held
-        back until then: stale calls never pile up in front of a straggler.
+        A site that misses the deadline is lost for this call only. Its late answer is ignored, and the next call is
+        held back until then: stale calls never pile up in front of a straggler.
         """
         end = time.monotonic() + deadline
         replies: dict[str, Any] = {}
         lost: dict[str, str] = {}
-        waiting: dict[ray.ObjectRef, str] = {}
+        waiting: dict[ray.ObjectRef[Any], str] = {}
 
         def send(site: str) -> None:
             try:

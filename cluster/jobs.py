@@ -1,14 +1,15 @@
 """Ray Jobs: submit a command to a cluster, follow its log, stop it."""
 
 import asyncio
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import aiohttp
 import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -19,6 +20,10 @@ __all__ = ["DEFAULT_ADDRESS", "follow", "local_cluster", "stop", "submit"]
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOPPED = 130  # exit status of a job that was stopped, as a shell has it for Ctrl-C
+
+# Ray tells at length which files it leaves out of a working directory, and that a connection was closed.
+for _chatter in ("ray._private.runtime_env", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+    logging.getLogger(_chatter).setLevel(logging.ERROR)
 
 _ANSWER_SECONDS = 10.0
 _LOST_SECONDS = 30.0  # a dashboard that does not answer for so long is gone
@@ -42,20 +47,29 @@ def submit(
     environment: dict[str, object] = {"env_vars": dict(env_vars or {})}
     if working_dir is not None:
         environment["working_dir"] = str(working_dir)
-    try:
-        return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))
-    except ValueError as error:
-        if "exceeds the maximum size" in str(error):
-            raise ClusterError(
-                f"{working_dir} is too large to send to the cluster (over 100 MiB): list what a job does not need in "
-                f"{working_dir}/.rayignore"
-            ) from error
-        raise
-    except (RuntimeError, requests.RequestException) as error:
-        raise ClusterError(f"the cluster at {client.get_address()} refused the job ({_line(error)})") from error
+    end = time.monotonic() + _LOST_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))
+        except (RuntimeError, requests.RequestException) as error:
+            reason = " ".join(str(error).split())[:300]
+            if "status code 413" in reason:
+                raise ClusterError(
+                    f"{working_dir} is too large to send to the cluster (over 100 MiB): list what a job does not need "
+                    f"in {working_dir}/.rayignore"
+                ) from error
+            # A cluster that has just come up answers before the node's agent does, which starts the jobs.
+            if "No available agent" not in reason or time.monotonic() > end:
+                raise ClusterError(f"the cluster at {client.get_address()} refused the job: {reason}") from error
+            time.sleep(0.5)
 
 
-def follow(address: str | None, job: str, write: Callable[[str], object] = sys.stdout.write) -> int:
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def follow(address: str | None, job: str, write: Callable[[str], None] = _show) -> int:
     """Passes the job's output on as it comes, until the job ends; Ctrl-C stops the job.
 
     Returns:
@@ -65,29 +79,24 @@ def follow(address: str | None, job: str, write: Callable[[str], object] = sys.s
         ClusterError: there is no such job, or the cluster is gone.
     """
     client = _client(address)
-    seen = 0
+    _status(client, job)
+    tail = _Tail(write)
     silent_since: float | None = None
     try:
         while True:
             try:
-                skip = seen
-                for_now = _Tail(write, skip)
-                try:
-                    asyncio.run(for_now.run(client, job))
-                finally:
-                    seen = max(seen, for_now.position)
-                status = client.get_job_status(job)
-                silent_since = None
-            except (RuntimeError, OSError) as error:  # both the socket's and the requests' own errors are among these
-                if "does not exist" in str(error):
-                    raise ClusterError(f"there is no job {job} at {client.get_address()}") from error
+                asyncio.run(tail.run(client, job))
+                status = _status(client, job)
+            except (aiohttp.ClientError, requests.RequestException, RuntimeError, OSError) as error:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > _LOST_SECONDS:
                     raise ClusterError(
-                        f"the cluster at {client.get_address()} no longer answers ({_line(error)}): job {job} may be lost"
+                        f"the cluster at {client.get_address()} no longer answers ({type(error).__name__}): "
+                        f"job {job} may be lost, look there for its log"
                     ) from error
                 time.sleep(1)
                 continue
+            silent_since = None
             if status.is_terminal():
                 return _exit_status(client, job, status, write)
             time.sleep(0.2)
@@ -102,37 +111,45 @@ def stop(address: str | None, job: str) -> None:
     """Stops the job and waits until it has ended; one that has ended already is no error.
 
     Raises:
-        ClusterError: no cluster answers, or there is no such job.
+        ClusterError: no cluster answers, there is no such job, or it goes on.
     """
     client = _client(address)
-    try:
-        client.stop_job(job)
-        end = time.monotonic() + _LOST_SECONDS
-        while not client.get_job_status(job).is_terminal() and time.monotonic() < end:
-            time.sleep(0.2)
-    except RuntimeError as error:
-        raise ClusterError(f"job {job} at {client.get_address()} cannot be stopped ({_line(error)})") from error
+    _status(client, job)
+    end = time.monotonic() + _LOST_SECONDS
+    client.stop_job(job)
+    while not _status(client, job).is_terminal():
+        if time.monotonic() > end:
+            raise ClusterError(f"job {job} at {client.get_address()} does not stop: see its node")
+        time.sleep(0.2)
 
 
 class _Tail:
-    """Passes on a job's log from character `skip` on. A connection that broke begins again at the log's first line."""
+    """Passes on a job's log. When the connection broke, it begins again at the first line: what was seen is skipped."""
 
-    def __init__(self, write: Callable[[str], object], skip: int) -> None:
-        self.position = 0
+    def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
-        self._skip = skip
+        self._seen = 0
 
     async def run(self, client: JobSubmissionClient, job: str) -> None:
+        position = 0
         async for text in client.tail_job_logs(job):
-            fresh = text[max(0, self._skip - self.position) :]
-            self.position += len(text)
+            fresh = text[max(0, self._seen - position) :]
+            position += len(text)
+            self._seen = max(self._seen, position)
             if fresh:
                 self._write(fresh)
-                with suppress(AttributeError, OSError):
-                    sys.stdout.flush()
 
 
-def _exit_status(client: JobSubmissionClient, job: str, status: JobStatus, write: Callable[[str], object]) -> int:
+def _status(client: JobSubmissionClient, job: str) -> JobStatus:
+    try:
+        return client.get_job_status(job)
+    except RuntimeError as error:
+        if "does not exist" in str(error):
+            raise ClusterError(f"there is no job {job} at {client.get_address()}: `ray job list` names them") from error
+        raise
+
+
+def _exit_status(client: JobSubmissionClient, job: str, status: JobStatus, write: Callable[[str], None]) -> int:
     if status == JobStatus.SUCCEEDED:
         return 0
     if status == JobStatus.STOPPED:
@@ -168,11 +185,6 @@ def _client(address: str | None) -> JobSubmissionClient:
             f"--dashboard-port={port}`, or give its address with --address"
         ) from error
     raise ClusterError(
-        f"the Ray cluster at {address} wants a token ({reply.status_code}): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to "
-        "what `ray get-auth-token` prints on the cluster"
+        f"the Ray cluster at {address} wants a token ({reply.status_code}): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+        "to what `ray get-auth-token` prints on the cluster"
     )
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"

@@ -13,7 +13,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,7 @@ from fedsam_core.errors import ClusterError
 _MARK = "FEDSAM_LOCAL_CLUSTER"  # in the environment of every process of the cluster, and of nobody else's
 _START_SECONDS = 90.0
 _STOP_SECONDS = 15.0
+_LONGEST_BASE = 25
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def local_cluster(
     """Starts a Ray head with dashboard and jobs on the loopback; yields its address for `cluster.jobs`.
 
     Within the block RAY_AUTH_MODE and RAY_AUTH_TOKEN in this process's environment open the cluster, and nobody without
-    the token gets in. On leaving, what was started is stopped, and nothing else: other Ray clusters on the machine stay.
+    the token gets in. On leaving, what was started is stopped and nothing else: other Ray clusters on the machine stay.
 
     Args:
         num_cpus: CPUs that Ray may book; by default those of the machine, but at least 4, so that three sites fit.
@@ -47,9 +48,11 @@ def local_cluster(
     """
     program = Path(sysconfig.get_path("scripts")) / "ray"
     if not program.exists():
-        raise ClusterError(f"no ray program at {program}: install ray[default] into the environment of {sys.executable}")
+        raise ClusterError(f"no ray program at {program}: install ray[default] beside {sys.executable}")
     gcs, dashboard, client = _free_ports(3)
-    folder = Path(tempfile.mkdtemp(prefix="fedsam-", dir="/tmp"))  # noqa: S108 - Ray's socket paths must be short
+    # Ray's socket paths lie in here and must be short.
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="fedsam-", dir=base if len(base) <= _LONGEST_BASE else "/tmp"))  # noqa: S108
     mark = secrets.token_hex(16)
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = {
@@ -58,6 +61,7 @@ def local_cluster(
         _MARK: mark,
         "PATH": f"{program.parent}{os.pathsep}{os.environ.get('PATH', '')}",  # a job's `python` is this one
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody else is served who would need the time
     }
     environment.pop("RAY_ADDRESS", None)
     command = [str(program), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
@@ -100,7 +104,8 @@ def _wait_until_up(address: str, head: subprocess.Popen[bytes], log: Path, token
     while time.monotonic() < end:
         if head.poll() is not None:
             last = [line.strip() for line in log.read_text().splitlines() if line.strip()][-1:]
-            raise ClusterError(f"Ray did not start ({' '.join(last) or f'exit code {head.returncode}'}): run `ray start --head`")
+            reason = " ".join(last) or f"exit code {head.returncode}"
+            raise ClusterError(f"Ray did not start ({reason}): see what `ray start --head` says")
         try:
             reply = requests.get(
                 f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=_START_SECONDS / 10
@@ -110,7 +115,7 @@ def _wait_until_up(address: str, head: subprocess.Popen[bytes], log: Path, token
         except requests.RequestException:
             pass
         time.sleep(0.3)
-    raise ClusterError(f"Ray did not answer at {address} within {_START_SECONDS:g} s: the machine may be short of memory")
+    raise ClusterError(f"Ray did not answer at {address} within {_START_SECONDS:g} s: is the machine short of memory?")
 
 
 def _stop(head: subprocess.Popen[bytes], mark: str) -> None:
@@ -123,7 +128,7 @@ def _stop(head: subprocess.Popen[bytes], mark: str) -> None:
         head.wait()
     _, alive = psutil.wait_procs(_marked(mark), timeout=_STOP_SECONDS / 3)
     for process in alive:
-        with _gone_is_fine():
+        with suppress(psutil.Error, OSError):  # it may have ended by now
             process.kill()
     psutil.wait_procs(alive, timeout=_STOP_SECONDS)
 
@@ -132,18 +137,10 @@ def _marked(mark: str) -> list[psutil.Process]:
     """The processes that inherited the cluster's mark, whoever their parent is by now."""
     found = []
     for process in psutil.process_iter():
-        with _gone_is_fine():
+        with suppress(psutil.Error, OSError):  # it may have ended by now
             if process.environ().get(_MARK) == mark:
                 found.append(process)
     return found
-
-
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except (psutil.Error, OSError):
-        pass
 
 
 def _die_with_parent() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fedsam_core.errors import ClusterError
 from fedsam_core.settings import Settings
@@ -34,6 +34,13 @@ class SiteNeeds(Settings):
         "auto",
         description="hold each site to nodes with its resource site_<id>: auto = where the cluster has such resources",
     )
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_beyond_one(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("more than one GPU must be a whole number of them")
+        return gpus
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ def site_resource(site: str) -> str:
     """
     if not _SITE_ID.fullmatch(site):
         raise ClusterError(
-            f"site id {site!r} cannot name a Ray resource: use letters, digits, '_', '.' and '-', beginning with a letter or digit"
+            f"site id {site!r} cannot name a Ray resource: use letters, digits, '_', '.' and '-', and begin with a "
+            "letter or digit"
         )
     return f"site_{site}"
 
@@ -111,7 +119,7 @@ def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> 
     if not nodes:
         raise ClusterError("the Ray cluster has no living node: start one with `ray start --head`")
     wanted = plan(sites, nodes, needs)
-    free = {id(node): [node.cpus, node.gpus] for node in nodes}
+    free = {id(node): [node.cpus, _gpu_room(node, needs.gpus)] for node in nodes}
     problems = []
     for site in sites:
         options = wanted[site]
@@ -120,7 +128,8 @@ def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> 
             resource = site_resource(site)
             known = sorted({name for node in nodes for name in node.resources if name.startswith("site_")})
             problems.append(
-                f"site {site} needs the resource {resource}, the cluster has {', '.join(known) or 'no site_* resource'}: "
+                f"site {site} needs the resource {resource}, the cluster has "
+                f"{', '.join(known) or 'no site_* resource'}: "
                 f"start its node with --resources='{{\"{resource}\": 1}}' or set pin=never"
             )
             continue
@@ -141,6 +150,11 @@ def _home(site: str, nodes: Sequence[Node]) -> list[Node]:
     return [node for node in nodes if node.resources.get(site_resource(site), 0.0) > 0]
 
 
+def _gpu_room(node: Node, share: float | None) -> float:
+    """What can be booked of a node's GPUs: a share of one never spreads over two."""
+    return node.gpus if not share or share >= 1 else int(node.gpus) * int(1 / share + 1e-9) * share
+
+
 def _no_room(site: str, options: ActorOptions, homes: Sequence[Node], free: Mapping[int, Sequence[float]]) -> str:
     """One line on a site for which no node has enough left: what it asks for and what its nodes have."""
     where = "its nodes" if options.resources else "the nodes"
@@ -154,6 +168,6 @@ def _no_room(site: str, options: ActorOptions, homes: Sequence[Node], free: Mapp
     if all(free[id(node)][1] < options.gpus for node in homes):
         fixes.append("lower gpus (a fraction shares one) or add GPUs")
     return (
-        f"site {site} needs {options.cpus:g} CPU and {options.gpus:g} GPU on one node, {where} have left after the other "
-        f"sites: {offers}: {' and '.join(fixes) or 'lower cpus or gpus, or add a node'}"
+        f"site {site} needs {options.cpus:g} CPU and {options.gpus:g} GPU on one node, {where} have left after the "
+        f"other sites: {offers}: {' and '.join(fixes) or 'lower cpus or gpus, or add a node'}"
     )

@@ -80,7 +80,7 @@ def create_sites(
         ClusterError: an actor did not get its place in time, for instance because another run holds the GPUs.
     """
     run = uuid.uuid4().hex[:8]
-    remote = ray.remote(SiteActor)
+    remote: Any = ray.remote(SiteActor)
     actors = {
         spec.site: remote.options(
             **plan[spec.site].to_ray(),

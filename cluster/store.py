@@ -1,6 +1,7 @@
 """Object storage behind one small interface: a folder, or a bucket of any S3 server.
 
-Credentials come from the environment or an AWS profile only; they are never taken from a configuration, logged or pickled.
+Credentials come from the environment or an AWS profile only; they are never taken from a configuration, logged or
+pickled.
 """
 
 import asyncio
@@ -261,8 +262,8 @@ class S3Store:
             return f"cannot be used (no bucket {self._bucket} at {server}): create the bucket or correct the url"
         if isinstance(error, PermissionError) or code in ("403", "AccessDenied", "InvalidAccessKeyId"):
             return (
-                f"was refused by {server} ({code or 'access denied'}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
-                "their rights on the bucket"
+                f"was refused by {server} ({code or 'access denied'}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
+                "and their rights on the bucket"
             )
         if isinstance(cause, ClientError) and code == "404" and cause.operation_name == "PutObject":
             return f"cannot be written (404 from {server}): check that the endpoint is an S3 server"

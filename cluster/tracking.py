@@ -1,7 +1,8 @@
 """MLflow: one run a federation, written from the driver in one batch a round.
 
-Only the client object is used: no global MLflow state, nothing about the user or machine is recorded that was not passed
-in. Passwords come from the environment (MLFLOW_TRACKING_USERNAME, AWS_ACCESS_KEY_ID, ...), never from a configuration.
+Only the client object is used: no global MLflow state, and nothing about the user or machine is recorded that was not
+passed in. Passwords come from the environment (MLFLOW_TRACKING_USERNAME, AWS_ACCESS_KEY_ID, ...), never from a
+configuration.
 """
 
 import json
@@ -9,17 +10,19 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-# MLflow reads these when it is imported or at each request. Its own patience is minutes, a round should not wait for them.
+# MLflow reads these when it is imported or at each request. Its own patience is minutes, for which no round should wait.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 
@@ -104,8 +107,8 @@ class Tracking:
         wanted = self.config.artifact_root and self.artifact_root
         if experiment is not None and wanted and experiment.artifact_location != wanted:
             raise StoreError(
-                f"experiment {self.config.experiment} keeps its files in {experiment.artifact_location}, not in {wanted}: "
-                "choose another experiment name, or leave artifact_root unset"
+                f"experiment {self.config.experiment} keeps its files in {experiment.artifact_location}, not in "
+                f"{wanted}: choose another experiment name, or leave artifact_root unset"
             )
         root = experiment.artifact_location if experiment is not None else self.artifact_root
         if root is not None and urlsplit(root).scheme in ("s3", "file", ""):
@@ -140,7 +143,8 @@ class Tracking:
                 client.log_batch(run.info.run_id, params=entries[at : at + _PARAMS_PER_BATCH])
             return tracker
 
-        return self._asked(begin)
+        tracker: RunTracker = self._asked(begin)
+        return tracker
 
     def end(self, run_id: str, status: str, reason: str) -> None:
         """Closes the run of a process that is gone (KILLED, FAILED); a failure to do so is a warning."""
@@ -162,7 +166,8 @@ class Tracking:
     def _client(self) -> MlflowClient:
         if self.uri.startswith("sqlite:///"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        return self._asked(lambda: MlflowClient(tracking_uri=self.uri, registry_uri=self.uri))
+        client: MlflowClient = self._asked(lambda: MlflowClient(tracking_uri=self.uri, registry_uri=self.uri))
+        return client
 
     def _experiment_id(self, client: MlflowClient) -> str:
         experiment = client.get_experiment_by_name(self.config.experiment)
@@ -233,15 +238,14 @@ class RunTracker:
         for at in range(0, len(entries), _METRICS_PER_BATCH):
             batch = entries[at : at + _METRICS_PER_BATCH]
             self._attempt(
-                f"{len(batch)} metrics of step {step}",
-                lambda batch=batch: self._client.log_batch(self.run_id, metrics=batch),
+                f"{len(batch)} metrics of step {step}", partial(self._client.log_batch, self.run_id, metrics=batch)
             )
 
     def log_artifact(self, local: Path, folder: str = "") -> None:
         """Keeps a file, or a folder with all it holds, in `folder` of the run's files."""
 
         def keep() -> None:
-            if not urlsplit(self.artifact_uri).scheme == "s3":
+            if urlsplit(self.artifact_uri).scheme != "s3":
                 log = self._client.log_artifacts if local.is_dir() else self._client.log_artifact
                 log(self.run_id, str(local), folder or None)
                 return
@@ -256,8 +260,6 @@ class RunTracker:
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows with the same keys, as `<name>.json` in the layout that MLflow shows and compares as a table."""
-        import tempfile
-
         columns = list(rows[0]) if rows else []
         table = {"columns": columns, "data": [[row[column] for column in columns] for row in rows]}
         with tempfile.TemporaryDirectory() as folder:
@@ -276,11 +278,16 @@ class RunTracker:
             action()
         except Exception as error:
             _log.warning("MLflow did not get %s: %s", what, _brief(error))
-            if not isinstance(error, MlflowException) or error.error_code == "INTERNAL_ERROR":
+            # A value that MLflow refuses, or a store of its own that is away, says nothing about the server.
+            refused = isinstance(error, MlflowException) and error.error_code != "INTERNAL_ERROR"
+            if not refused and not isinstance(error, StoreError):
                 self._silent_until = time.monotonic() + _PAUSE_SECONDS
 
 
 def _brief(error: Exception) -> str:
-    """The innermost cause in a line of reasonable length: libraries wrap refused connections many times."""
-    text = describe_failure(error)
+    """What went wrong, in a line: of a connection that failed, what the system said, not what wrapped it."""
+    root: BaseException = error
+    while (inner := root.__cause__ or root.__context__) is not None:
+        root = inner
+    text = describe_failure(root if isinstance(root, OSError) else error)
     return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -4,7 +4,7 @@ Every method takes and returns bytes, numbers or plain dictionaries. The scans, 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from fedsam_core.secagg.keys import Identity, Roster
 from fedsam_core.secagg.plain import plain_input
 from fedsam_core.secagg.quantize import VectorLayout, encode
 from fedsam_core.secagg.site import SiteSession
-from fedsam_core.selection import LayerSelection
+from fedsam_core.selection import LayerSelection, ParameterManifest
 from fedsam_core.settings import Settings
 
 Array = np.ndarray[Any, Any]
@@ -54,6 +54,20 @@ class SiteSpec(Settings):
     inference_batch: int
 
 
+@dataclass(frozen=True)
+class OpenSite:
+    """What a site holds in memory from `open` on."""
+
+    prepared: PreparedCohort
+    manifest: ParameterManifest
+    learner: Learner
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the foreground classes."""
+        return self.prepared.cohort.classes
+
+
 class FederatedSite:
     """One site. `open` and `enroll` first; then secure sums: advertise, share, a contribution, confirm, unmask.
 
@@ -63,6 +77,7 @@ class FederatedSite:
     def __init__(self, spec: SiteSpec) -> None:
         self.spec = spec
         self._identity = Identity.generate()
+        self._opened: OpenSite | None = None
         self._roster: Roster | None = None
         self._attempt: Attempt | None = None
         self._session: SiteSession | None = None
@@ -80,23 +95,22 @@ class FederatedSite:
         """
         spec = self.spec
         torch.set_num_threads(spec.learning.threads)
-        self._prepared = PreparedCohort.open(spec.cohort)
-        self._classes = self._prepared.cohort.classes
-        train = self._cases("train")
+        prepared = PreparedCohort.open(spec.cohort)
+        train = [prepared.load(case.id) for case in prepared.cohort.select(spec.site, "train")]
         if not train:
             raise DataError(f"site {spec.site}: no training case; give it one in sites.csv, or leave the site out")
-        segmenter = build_segmenter(
-            spec.model, len(self._classes), spec.selection, seed=derive_seed(spec.seed, "model")
-        )
-        self._manifest = adapt(segmenter, spec.selection)
+        classes = len(prepared.cohort.classes)
+        segmenter = build_segmenter(spec.model, classes, spec.selection, seed=derive_seed(spec.seed, "model"))
+        manifest = adapt(segmenter, spec.selection)
         device = pick_device()
         dataset = SliceDataset(train, spec.model.image_size, spec.slices)
-        self._learner = Learner(spec.site, segmenter, self._manifest, dataset, spec.learning, device)
+        learner = Learner(spec.site, segmenter, manifest, dataset, spec.learning, device)
+        self._opened = OpenSite(prepared, manifest, learner)
         return {
             "identity": self._identity.public.hex(),
-            "layout_hash": self._manifest.layout_hash,
+            "layout_hash": manifest.layout_hash,
             "device": describe_device(device),
-            "precision": "bf16" if self._learner.autocast else "fp32",
+            "precision": "bf16" if learner.autocast else "fp32",
         }
 
     def enroll(self, roster: Mapping[str, str]) -> None:
@@ -113,14 +127,14 @@ class FederatedSite:
         self._layout = layout_of(
             purpose,
             sites=len(self._attempt.sites),
-            shared_size=self._manifest.shared_size,
-            classes=len(self._classes),
+            shared_size=self._site.manifest.shared_size,
+            classes=len(self._site.classes),
             clip=self.spec.federation.update_clip,
         )
         own = {
             "run": self.spec.run,
             "config_hash": self.spec.config_hash,
-            "layout_hash": sum_layout_hash(self._manifest, self._layout),
+            "layout_hash": sum_layout_hash(self._site.manifest, self._layout),
         }
         for key, value in own.items():
             if (theirs := getattr(self._attempt, key)) != value:
@@ -143,21 +157,21 @@ class FederatedSite:
 
     def weigh(self, delivered: bytes) -> bytes:
         """Contributes the number of this site's training slices."""
-        return self._contribute(delivered, {"slices": float(len(self._learner.dataset))})
+        return self._contribute(delivered, {"slices": float(len(self._site.learner.dataset))})
 
     def fit(self, delivered: bytes, state: bytes | None, total_slices: float) -> bytes:
         """Trains from the global state; contributes the weighted update, the weight and the weighted loss."""
         spec = self.spec
         accepted = self._accept(state)
-        fit = self._learner.fit(accepted, self._current().round, spec.federation.rounds, spec.seed)
+        fit = self._site.learner.fit(accepted, self._current().round, spec.federation.rounds, spec.seed)
         weight = fit.slices / total_slices
         return self._contribute(delivered, {"update": fit.update * weight, "weight": weight, "loss": fit.loss * weight})
 
     def score(self, delivered: bytes, state: bytes | None, split: Literal["val", "test"]) -> bytes:
         """Segments the site's cases of a split with the global state; contributes Dice sums and counts per class."""
-        load_shared_state(self._learner.segmenter, self._manifest, self._accept(state))
+        load_shared_state(self._site.learner.segmenter, self._site.manifest, self._accept(state))
         self._scored = [self._segment(prepared) for prepared in self._cases(split)]
-        totals, counts = dice_sums([score for score, _ in self._scored], len(self._classes))
+        totals, counts = dice_sums([score for score, _ in self._scored], len(self._site.classes))
         return self._contribute(delivered, {"dice": totals, "cases": counts})
 
     def confirm(self, survivors: bytes) -> bytes:
@@ -184,6 +198,12 @@ class FederatedSite:
         png = self._picture() if picture and allowed.share_pictures and self._scored else None
         return {"scores": rows, "picture": png}
 
+    @property
+    def _site(self) -> OpenSite:
+        if self._opened is None:
+            raise RoundError(f"site {self.spec.site} is not open (it may have been restarted)")
+        return self._opened
+
     def _current(self) -> Attempt:
         if self._attempt is None:
             raise RoundError(f"site {self.spec.site} has no sum under way (it may have been restarted)")
@@ -197,10 +217,10 @@ class FederatedSite:
     def _accept(self, state: bytes | None) -> dict[str, Array]:
         """The global state, if it is the one that all sites were told of. None stands for the one held already."""
         attempt = self._current()
-        unpacked = self._held if state is None else unpack_state(self._manifest, state)
+        unpacked = self._held if state is None else unpack_state(self._site.manifest, state)
         if unpacked is None:
             raise RoundError(f"site {self.spec.site} holds no global state (it may have been restarted)")
-        if (received := state_hash(self._manifest, unpacked)) != attempt.model_hash:
+        if (received := state_hash(self._site.manifest, unpacked)) != attempt.model_hash:
             raise RoundError(
                 f"site {self.spec.site} refuses round {attempt.round}: the global state it received has hash "
                 f"{received}, announced was {attempt.model_hash}"
@@ -218,19 +238,19 @@ class FederatedSite:
         return self._running().masked_input(delivered, vector)
 
     def _cases(self, split: Literal["train", "val", "test"]) -> list[PreparedCase]:
-        return [self._prepared.load(case.id) for case in self._prepared.cohort.select(self.spec.site, split)]
+        return [self._site.prepared.load(case.id) for case in self._site.prepared.cohort.select(self.spec.site, split)]
 
     def _segment(self, prepared: PreparedCase) -> tuple[CaseScore, Array]:
         """Score and label map of a case, on the scan's own grid."""
         prediction = segment_scan(
-            self._learner.segmenter,
+            self._site.learner.segmenter,
             prepared,
             self.spec.slices,
             self.spec.model.image_size,
             self.spec.inference_batch,
-            self._learner.autocast,
+            self._site.learner.autocast,
         )
-        return score_case(prediction, prepared.case, self._classes), prediction
+        return score_case(prediction, prepared.case, self._site.classes), prediction
 
     def _picture(self) -> bytes:
         """PNG of the case with the median Dice: neither the best nor the worst of the site."""
@@ -238,5 +258,5 @@ class FederatedSite:
         score, prediction = ranked[(len(ranked) - 1) // 2]
         with TemporaryDirectory() as folder:
             path = Path(folder) / "overlay.png"
-            overlay(self._prepared.cohort, score, prediction, path)
+            overlay(self._site.prepared.cohort, score, prediction, path)
             return path.read_bytes()

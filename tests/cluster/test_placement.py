@@ -40,6 +40,7 @@ def test_plan(nodes, needs, expected):
         # 4 CPUs hold one site of 3 CPUs, not two.
         (LAPTOP, SiteNeeds(cpus=3), ["site B needs 3 CPU", "laptop 1 of 4 CPU", "lower cpus"]),
         (LAPTOP, SiteNeeds(gpus=1), ["site A needs", "site B needs", "0 of 0 GPU", "lower gpus"]),
+        ((Node("two", 8, 1),), SiteNeeds(gpus=0.6), ["site B needs 1 CPU and 0.6 GPU", "lower gpus"]),
         ((Node("one", 8, 1),), SiteNeeds(), ["site B needs", "0 of 1 GPU", "fraction"]),
         # CPUs here and GPUs there do not help a single actor.
         ((Node("c", 8, 0), Node("g", 0, 2)), SiteNeeds(), ["site A needs 1 CPU and 1 GPU on one node"]),
@@ -63,6 +64,17 @@ def test_preflight_names_every_site_that_does_not_fit():
         preflight(["A", "B", "C", "D"], HOSPITALS, SiteNeeds())
     assert "site_C" in str(caught.value)
     assert "site_D" in str(caught.value)
+
+
+def test_a_share_of_a_gpu_does_not_spread_over_two():
+    nodes = (Node("ws", cpus=16, gpus=2),)
+    preflight("ABCD", nodes, SiteNeeds(gpus=0.5))
+    preflight("ABCDEFGHIJ", nodes, SiteNeeds(gpus=0.2))
+    preflight("AB", nodes, SiteNeeds(gpus=0.6))
+    with pytest.raises(ClusterError, match=r"site C needs 1 CPU and 0\.6 GPU"):
+        preflight("ABC", nodes, SiteNeeds(gpus=0.6))
+    with pytest.raises(ValueError, match="whole number"):
+        SiteNeeds(gpus=1.5)
 
 
 def test_a_site_id_stands_in_the_resource_as_it_is():

@@ -30,7 +30,7 @@ from fedsam_core.settings import Settings
 
 CLASSES = ("kidney", "tumour")
 DESCRIPTION = "SYNTHETIC abdominal CT phantom made by fedsam, no patient"  # at most 79 bytes fit a NIfTI header
-VERSION = 1  # raise it when the same configuration would draw other scans
+VERSION = 2  # raise it when the same configuration would draw other scans
 
 Field3D = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -82,14 +82,14 @@ class _Scanner:
     axes: str  # directions in which the written array's axes grow
 
 
-_ARTERIAL = _Phase(cortex=185, medulla=95, tumour=115, liver=72, spleen=125, aorta=290, vein=105)
-_VENOUS = _Phase(cortex=170, medulla=150, tumour=88, liver=112, spleen=122, aorta=160, vein=150)
-_DELAYED = _Phase(cortex=128, medulla=132, tumour=68, liver=88, spleen=92, aorta=108, vein=106)
+_ARTERIAL = _Phase(cortex=185, medulla=95, tumour=100, liver=72, spleen=125, aorta=290, vein=105)
+_VENOUS = _Phase(cortex=170, medulla=150, tumour=78, liver=112, spleen=122, aorta=160, vein=150)
+_DELAYED = _Phase(cortex=128, medulla=132, tumour=58, liver=88, spleen=92, aorta=108, vein=106)
 # A fourth site shares the first one's scanner, and so on: patients still differ.
 _SCANNERS = (
-    _Scanner(1.0, 320, _VENOUS, blur_mm=2.2, sharpen=0.0, noise=30, axes="LPS"),
-    _Scanner(1.5, 345, _ARTERIAL, blur_mm=3.2, sharpen=0.0, noise=32, axes="IPL"),
-    _Scanner(0.75, 305, _DELAYED, blur_mm=1.6, sharpen=0.7, noise=24, axes="RAS"),
+    _Scanner(1.0, 295, _VENOUS, blur_mm=2.2, sharpen=0.0, noise=30, axes="LPS"),
+    _Scanner(1.5, 315, _ARTERIAL, blur_mm=3.2, sharpen=0.0, noise=32, axes="IPL"),
+    _Scanner(0.75, 298, _DELAYED, blur_mm=1.6, sharpen=0.7, noise=24, axes="RAS"),
 )
 _HEIGHT = 200.0  # mm of the body that every scan covers
 
@@ -272,7 +272,7 @@ def _draw(body: _Body, phase: _Phase, rng: np.random.Generator) -> tuple[Field3D
     units[inner & (body.tube(-17, 21, (12, 9), rough=0.08) < 1)] = vary(phase.vein, 6)
 
     label = np.zeros(units.shape, np.uint8)
-    with_tumour = {-1: (-1,), 0: (-1, 1), 1: (1,)}[int(rng.choice([-1, 0, 1], p=[0.4, 0.2, 0.4]))]
+    with_tumour = {-1: (-1,), 0: (-1, 1), 1: (1,)}[int(rng.choice([-1, 0, 1], p=[0.35, 0.3, 0.35]))]
     for side in (-1, 1):
         _draw_kidney(units, label, body, outline, phase, rng, side, tumour=side in with_tumour)
 
@@ -330,7 +330,7 @@ def _draw_kidney(
         return
     # Anywhere on the surface but towards the spine; the larger ones bulge out.
     angle, level = rng.uniform(-1.9, 1.9), rng.uniform(-0.75, 0.75)
-    radius = rng.uniform(13, 27)
+    radius = rng.uniform(16, 31)
     across = 0.85 * np.sqrt(1 - level**2)
     seat = (
         centre[0] + side * radii[0] * across * np.cos(angle) + lean * radii[2] * level,
@@ -343,7 +343,7 @@ def _draw_kidney(
     growth[outline > 0.62] = np.inf
     mass = growth < 1
     units[mass] = rng.normal(phase.tumour, 7) + 12 * body.waves(rng, 22)[mass]
-    if radius > 17:
+    if radius > 20:
         units[growth < rng.uniform(0.15, 0.4)] = rng.normal(32, 5)  # necrosis
     label[mass] = 2
 

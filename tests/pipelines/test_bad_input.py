@@ -1,0 +1,121 @@
+"""Bad input ends with one line that names the thing and the fix, a status that is not 0, and nothing half-written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from fedsam_core.sam.backbones import ModelConfig, build_segmenter
+from fedsam_core.sam.checkpoints import official_state_dict
+from fedsam_core.selection import preset
+
+Stage = Callable[..., Any]
+
+
+def refused(ended: Any, *words: str) -> None:
+    """One line on stderr with all of `words`, and a status that is not 0."""
+    assert ended.status == 2, ended
+    lines = [line for line in ended.error.splitlines() if line.strip()]
+    assert len(lines) == 1, ended.error
+    for word in words:
+        assert word in lines[0]
+    assert "Traceback" not in ended.error
+
+
+def nothing_written(folder: Path) -> None:
+    """No manifest of a prepared cohort, no run, no temporary file."""
+    assert not list(folder.rglob("cohort.json"))
+    assert not list(folder.rglob("runs/*"))
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp") or path.name.startswith(".")]
+
+
+def spoil_label(cohort: Path, case: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    path = cohort / "labelsTr" / f"{case}.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)), image.affine), path)
+
+
+def test_a_truncated_scan(stage: Stage, cohort_folder: Path, tmp_path: Path) -> None:
+    path = cohort_folder / "imagesTr" / "south_2.nii.gz"
+    path.write_bytes(path.read_bytes()[:-400])
+    refused(stage("prepare"), str(path), "again")
+    nothing_written(tmp_path / "work")
+
+
+def test_a_mask_of_another_shape(stage: Stage, cohort_folder: Path, tmp_path: Path) -> None:
+    spoil_label(cohort_folder, "west_1", lambda label: label[:, :, :-1])
+    refused(stage("prepare"), "west_1.nii.gz", "(20, 22, 5)", "(20, 22, 6)")
+    nothing_written(tmp_path / "work")
+
+
+def test_a_label_beyond_the_classes(stage: Stage, cohort_folder: Path, tmp_path: Path) -> None:
+    spoil_label(cohort_folder, "north_0", lambda label: np.where(label == 2, 7, label).astype(np.uint8))
+    refused(stage("prepare"), "north_0.nii.gz", "7")
+    nothing_written(tmp_path / "work")
+
+
+def test_a_site_without_a_training_case(stage: Stage, cohort_folder: Path, tmp_path: Path) -> None:
+    table = cohort_folder / "sites.csv"
+    table.write_text(
+        "\n".join(r.replace(",train", ",test") if "west" in r else r for r in table.read_text().split("\n"))
+    )
+    refused(stage("prepare"), "west", "no training case", "sites.csv")
+    refused(stage("federate"), "west", "no training case", "sites.csv")
+    nothing_written(tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learning.batchsize=8", ("learning.batchsize", "learning.batch_size")),
+        ("lerning.batch_size=8", ("lerning", "learning")),
+        ("learning.batch_size=many", ("learning.batch_size", "integer", "many")),
+        ("model.image_size=100", ("model.image_size", "96", "112")),
+        ("selection=flip", ("flip", "flap")),
+        ("cohort.source=kits", ("cohort.source", "kits")),
+        ("rounds", ("rounds", "key=value")),
+    ],
+)
+def test_a_wrong_setting(stage: Stage, tmp_path: Path, override: str, words: tuple[str, ...]) -> None:
+    refused(stage("federate", override), *words)
+    assert not (tmp_path / "work" / "runs").exists()
+
+
+def test_a_checkpoint_for_another_backbone(stage: Stage, tmp_path: Path) -> None:
+    other = build_segmenter(ModelConfig(backbone="vit_t", image_size=32), 1, preset("lora", 4), seed=0)
+    state = official_state_dict(other)
+    wider = {  # blocks of another width and number, as another backbone has
+        name: torch.zeros(*value.shape[:-1], 256) if "image_encoder.blocks" in name else value
+        for name, value in state.items()
+        if "blocks.5" not in name
+    }
+    path = tmp_path / "sam_other.pth"
+    torch.save(wider, path)
+    refused(stage("federate", f"model.checkpoint={path}"), str(path), "vit_t")
+    assert not list((tmp_path / "work").rglob("runs/*"))
+
+
+def test_a_file_that_is_no_checkpoint(stage: Stage, tmp_path: Path) -> None:
+    path = tmp_path / "sam.pth"
+    path.write_bytes(b"not a checkpoint")
+    refused(stage("federate", f"model.checkpoint={path}"), str(path))
+
+
+def test_a_missing_configuration_names_the_known_ones() -> None:
+    from pipelines.config import load_config
+
+    with pytest.raises(Exception, match=r"no configuration nowhere\.yaml.*demo.*hippocampus"):
+        load_config("nowhere.yaml")
+
+
+def test_no_adapter_to_evaluate(stage: Stage) -> None:
+    refused(stage("evaluate"), "no adapter", "fedsam federate")
+
+
+def test_a_tracking_folder_is_refused_before_training(stage: Stage, tmp_path: Path) -> None:
+    refused(stage("federate", f"tracking.uri={tmp_path / 'mlruns'}"), "mlruns", "sqlite:///")
+    assert not (tmp_path / "work" / "runs").exists()
