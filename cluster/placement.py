@@ -81,6 +81,7 @@ def site_resource(site: str) -> str:
 
 def cluster_nodes() -> tuple[Node, ...]:
     """The living nodes of the connected cluster, with what they have in all."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return tuple(
         Node(
             name=node["NodeManagerAddress"],
@@ -88,7 +89,7 @@ def cluster_nodes() -> tuple[Node, ...]:
             gpus=node["Resources"].get("GPU", 0.0),
             resources=dict(node["Resources"]),
         )
-        for node in ray.nodes()
+        for node in nodes
         if node["Alive"]
     )
 

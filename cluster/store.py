@@ -186,12 +186,13 @@ class S3Store:
         self._do(key, lambda fs, path: fs.pipe_file(path, data))
 
     def read_bytes(self, key: str) -> bytes:
-        return self._do(key, lambda fs, path: fs.cat_file(path))
+        data: bytes = self._do(key, lambda fs, path: fs.cat_file(path))
+        return data
 
     def exists(self, key: str) -> bool:
         def look(fs: s3fs.S3FileSystem, path: str) -> bool:
             try:
-                return fs.info(path)["type"] == "file"
+                return bool(fs.info(path)["type"] == "file")
             except FileNotFoundError:
                 fs.ls(self._bucket)  # a missing bucket is an error, not a missing key
                 return False
@@ -201,7 +202,7 @@ class S3Store:
     def list(self, prefix: str = "") -> list[str]:
         def look(fs: s3fs.S3FileSystem, path: str) -> list[str]:
             try:
-                found = fs.find(path, prefix="")
+                found: list[str] = fs.find(path)
             except FileNotFoundError:
                 found = []
             if not found:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-# MLflow reads these when it is imported or at each request. Its own patience is minutes, for which no round should wait.
+# MLflow reads these when it is imported or at each request. Its own patience is minutes: no round should wait for them.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -245,6 +245,8 @@ class RunTracker:
         """Keeps a file, or a folder with all it holds, in `folder` of the run's files."""
 
         def keep() -> None:
+            if not local.exists():
+                raise StoreError(f"{local} does not exist")
             if urlsplit(self.artifact_uri).scheme != "s3":
                 log = self._client.log_artifacts if local.is_dir() else self._client.log_artifact
                 log(self.run_id, str(local), folder or None)

@@ -1,0 +1,307 @@
+"""What MLflow holds after a run: on a local database, and on a real server with its files in a real S3 bucket."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from pathlib import Path
+
+import boto3
+import pytest
+from mlflow.tracking import MlflowClient
+
+from cluster.tracking import Tracking, TrackingConfig
+from fedsam_core.errors import RoundError, StoreError
+from tests.cluster.conftest import free_ports
+
+
+@pytest.fixture
+def local(tmp_path):
+    return Tracking(TrackingConfig(), tmp_path)
+
+
+def held(tracking, run_id):
+    return MlflowClient(tracking.uri, tracking.uri).get_run(run_id)
+
+
+def files(tracking, run_id, folder=None):
+    found = MlflowClient(tracking.uri, tracking.uri).list_artifacts(run_id, folder)
+    return sorted(item.path for item in found)
+
+
+def record(tracking, tmp_path, **kwargs):
+    """A run with one of everything; returns its id."""
+    adapter = tmp_path / "adapter"
+    (adapter / "deep").mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "deep" / "weights.bin").write_bytes(b"\x00" * 1000)
+    (tmp_path / "manifest.json").write_text("[]")
+    with tracking.start(
+        "demo-1", {"rank": 8, "layers.head": "flap", "empty": None}, {"layout": "abc"}, **kwargs
+    ) as run:
+        for step in range(3):
+            run.log_round(step, {"val/dice": 0.1 * step, "site/site-a/dice": 0.5, "comm/bytes_up": 7_385_536})
+        run.log_artifact(tmp_path / "manifest.json")
+        run.log_artifact(adapter, "adapter")
+        run.log_table("scores", [{"case": "a1", "dice": 0.7}, {"case": "a2", "dice": None}])
+        run.set_tags({"device": "cpu"})
+    return run.run_id
+
+
+def check_record(tracking, run_id):
+    data = held(tracking, run_id)
+    assert data.info.status == "FINISHED"
+    assert data.info.run_name == "demo-1"
+    assert data.data.params == {"rank": "8", "layers.head": "flap", "empty": "None"}
+    assert data.data.metrics == {"val/dice": 0.2, "site/site-a/dice": 0.5, "comm/bytes_up": 7_385_536}
+    history = MlflowClient(tracking.uri, tracking.uri).get_metric_history(run_id, "val/dice")
+    assert [(point.step, point.value) for point in history] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    assert data.data.tags["layout"] == "abc"
+    assert data.data.tags["device"] == "cpu"
+    assert json.loads(data.data.tags["mlflow.loggedArtifacts"]) == [{"path": "scores.json", "type": "table"}]
+    return data
+
+
+def test_a_run_on_the_local_database(local, tmp_path, monkeypatch):
+    local.check()
+    run_id = record(local, tmp_path)
+    data = check_record(local, run_id)
+    assert (tmp_path / "mlflow.db").is_file()
+    assert data.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
+    assert files(local, run_id) == ["adapter", "manifest.json", "scores.json"]
+    assert files(local, run_id, "adapter") == ["adapter/adapter_config.json", "adapter/deep"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", local.uri)  # which loading a table depends on, whatever the client's
+    table = MlflowClient(local.uri, local.uri).load_table(data.info.experiment_id, "scores.json", run_ids=[run_id])
+    assert table["case"].tolist() == ["a1", "a2"]
+    assert table["dice"].tolist()[0] == 0.7
+    # Nothing about who and where: only what was passed in.
+    assert data.info.user_id == "unknown"
+    assert set(data.data.tags) == {"layout", "device", "mlflow.loggedArtifacts", "mlflow.runName"}
+
+
+def test_the_environments_keys_are_nowhere_in_it(local, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hush-hush-hush")
+    record(local, tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert b"hush-hush" not in path.read_bytes()
+
+
+def test_children_name_their_parent(local):
+    with local.start("ablation", {}, {}) as parent, local.start("flap", {}, {}, parent=parent.run_id) as child:
+        pass
+    assert held(local, child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+
+
+def test_more_than_a_batch_of_params_and_metrics(local):
+    with local.start("many", {f"p{i}": i for i in range(250)}, {}) as run:
+        run.log_round(1, {f"m{i}": float(i) for i in range(1500)})
+    data = held(local, run.run_id).data
+    assert len(data.params) == 250
+    assert len(data.metrics) == 1500
+
+
+def test_how_a_run_ended(local):
+    with pytest.raises(RoundError), local.start("x", {}, {}) as failed:
+        raise RoundError("only 1 of 3 sites answered")
+    with pytest.raises(KeyboardInterrupt), local.start("y", {}, {}) as killed:
+        raise KeyboardInterrupt
+    lost = local.start("z", {}, {})
+    assert held(local, lost.run_id).info.status == "RUNNING"
+    local.end(lost.run_id, "KILLED", "the driver died")
+    for run, status, error in [
+        (failed, "FAILED", "only 1 of 3 sites answered"),
+        (killed, "KILLED", "KeyboardInterrupt: "),
+        (lost, "KILLED", "the driver died"),
+    ]:
+        data = held(local, run.run_id)
+        assert data.info.status == status
+        assert data.data.tags["error"] == error
+        assert data.info.end_time
+
+
+def test_what_mlflow_refuses_is_a_warning_that_names_it(local, caplog, tmp_path):
+    with caplog.at_level(logging.WARNING), local.start("x", {}, {}) as run:
+        run.log_round(4, {"bad*name": 1.0})
+        run.log_artifact(tmp_path / "absent.png")
+        run.log_round(5, {"good": 1.0})
+    assert "did not get 1 metrics of step 4" in caplog.text
+    assert "absent.png" in caplog.text
+    data = held(local, run.run_id)
+    assert data.data.metrics == {"good": 1.0}
+    assert data.info.status == "FINISHED"
+
+
+def test_it_is_quiet(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom cluster.tracking import Tracking, TrackingConfig\n"
+        "tracking = Tracking(TrackingConfig(), Path(sys.argv[1]))\ntracking.check()\n"
+        "with tracking.start('x', {'a': 1}, {}) as run:\n    run.log_round(0, {'m': 1.0})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr == ""
+
+
+def test_configurations_that_cannot_work_say_so(tmp_path):
+    for uri, part in [
+        (str(tmp_path), "sqlite:///"),
+        (f"file://{tmp_path}", "sqlite:///"),
+        ("http://me:hush@host:1", "MLFLOW_TRACKING_PASSWORD"),
+        ("postgresql://me:hush@host/db", "MLFLOW_TRACKING_PASSWORD"),
+    ]:
+        with pytest.raises(StoreError, match=part) as error:
+            Tracking(TrackingConfig(uri=uri), tmp_path)
+        assert "hush" not in str(error.value)
+    with pytest.raises(StoreError, match="cannot be used"):
+        Tracking(TrackingConfig(uri="nonsense://x"), tmp_path).check()
+    first = Tracking(TrackingConfig(experiment="e", artifact_root=str(tmp_path / "one")), tmp_path)
+    with first.start("x", {}, {}):
+        pass
+    with pytest.raises(StoreError, match="experiment e keeps its files in .*one, not in .*two: choose another"):
+        Tracking(TrackingConfig(experiment="e", artifact_root=str(tmp_path / "two")), tmp_path).check()
+    client = MlflowClient(first.uri, first.uri)
+    client.delete_experiment(client.get_experiment_by_name("e").experiment_id)
+    with pytest.raises(StoreError, match="experiment e was deleted"):
+        first.check()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A real MLflow server: its address and its process."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_ports(1)[0]
+    command = [
+        str(Path(sysconfig.get_path("scripts")) / "mlflow"),
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", str(folder / "files")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=2):
+                    break
+            except OSError:
+                assert process.poll() is None, (folder / "log").read_text()[-2000:]
+                assert time.monotonic() < end, (folder / "log").read_text()[-2000:]
+                time.sleep(0.3)
+        yield address, process
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def test_a_run_on_a_server_that_keeps_the_files(server, tmp_path):
+    tracking = Tracking(TrackingConfig(uri=server[0], experiment="served"), tmp_path)
+    tracking.check()
+    run_id = record(tracking, tmp_path)
+    check_record(tracking, run_id)
+    assert files(tracking, run_id) == ["adapter", "manifest.json", "scores.json"]
+    assert server[0] in tracking.ui_command()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_run_on_a_server_with_its_files_in_a_bucket(server, s3_server, tmp_path, monkeypatch):
+    config = TrackingConfig(
+        uri=server[0],
+        experiment="bucket",
+        artifact_root=f"s3://{s3_server.bucket}/mlflow",
+        s3_endpoint=s3_server.endpoint,
+    )
+    tracking = Tracking(config, tmp_path)
+    tracking.check()
+    run_id = record(tracking, tmp_path)
+    data = check_record(tracking, run_id)
+    assert data.info.artifact_uri == f"s3://{s3_server.bucket}/mlflow/{run_id}/artifacts"
+    # MLflow's own client finds the files where ours has put them.
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3_server.endpoint)
+    assert files(tracking, run_id) == ["adapter", "manifest.json", "scores.json"]
+    assert files(tracking, run_id, "adapter/deep") == ["adapter/deep/weights.bin"]
+    bucket = boto3.client("s3", endpoint_url=s3_server.endpoint, region_name="us-east-1")
+    listed = bucket.list_objects_v2(Bucket=s3_server.bucket, Prefix=f"mlflow/{run_id}/")["Contents"]
+    assert sum(item["Size"] for item in listed if item["Key"].endswith("weights.bin")) == 1000
+
+    bad = config.model_copy(update={"artifact_root": "s3://no-such-bucket/x", "experiment": "other"})
+    with pytest.raises(StoreError, match="no bucket no-such-bucket"):
+        Tracking(bad, tmp_path).check()
+
+
+def test_a_server_that_is_away_is_an_error_before_and_a_warning_after_the_start(server, tmp_path, caplog, monkeypatch):
+    away = Tracking(TrackingConfig(uri=f"http://127.0.0.1:{free_ports(1)[0]}"), tmp_path)
+    begin = time.monotonic()
+    for action in (away.check, lambda: away.start("x", {}, {})):
+        with pytest.raises(StoreError, match="cannot be used .*refused") as error:
+            action()
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 250
+    assert time.monotonic() - begin < 20
+
+    # A server that takes connections and says nothing.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    os.killpg(server[1].pid, 19)  # SIGSTOP
+    try:
+        tracking = Tracking(TrackingConfig(uri=server[0], experiment="silent"), tmp_path)
+        begin = time.monotonic()
+        with pytest.raises(StoreError, match="cannot be used"):
+            tracking.check()
+        assert time.monotonic() - begin < 20
+    finally:
+        os.killpg(server[1].pid, 18)  # SIGCONT
+    with caplog.at_level(logging.WARNING), tracking.start("x", {}, {}) as run:
+        run.log_round(0, {"m": 1.0})
+        os.killpg(server[1].pid, 19)
+        try:
+            begin = time.monotonic()
+            for step in range(1, 20):
+                run.log_round(step, {"m": 1.0})
+            assert time.monotonic() - begin < 20  # the first waits, the others leave the server alone
+        finally:
+            os.killpg(server[1].pid, 18)
+    assert "did not get 1 metrics of step 1" in caplog.text
+    assert "did not get 1 metrics of step 19" in caplog.text
+    data = held(tracking, run.run_id)
+    assert data.info.status == "FINISHED"
+    assert data.data.metrics == {"m": 1.0}
+
+
+def test_the_ui_command_shows_the_runs(local, tmp_path):
+    with local.start("x", {}, {}):
+        pass
+    port = free_ports(1)[0]
+    process = subprocess.Popen(
+        f"exec env {local.ui_command()} --port {port}", shell=True, cwd=Path(__file__).parents[2], start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 90
+        query = json.dumps({"max_results": 10}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search", query, {"Content-Type": "application/json"}
+        )
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=5) as reply:
+                    names = {experiment["name"] for experiment in json.load(reply)["experiments"]}
+                break
+            except OSError:
+                assert time.monotonic() < end
+                time.sleep(0.3)
+        assert "fedsam" in names
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
