@@ -26,6 +26,7 @@ for _chatter in ("ray._private.runtime_env", "ray.dashboard.modules.job.sdk", "r
     logging.getLogger(_chatter).setLevel(logging.ERROR)
 
 _ANSWER_SECONDS = 10.0
+_AGENT_SECONDS = 60.0  # from a dashboard that answers to a node that can start jobs
 _LOST_SECONDS = 30.0  # a dashboard that does not answer for so long is gone
 
 
@@ -47,7 +48,7 @@ def submit(
     environment: dict[str, object] = {"env_vars": dict(env_vars or {})}
     if working_dir is not None:
         environment["working_dir"] = str(working_dir)
-    end = time.monotonic() + _LOST_SECONDS
+    end = time.monotonic() + _AGENT_SECONDS
     while True:
         try:
             return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))

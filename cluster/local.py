@@ -49,7 +49,7 @@ def local_cluster(
     program = Path(sysconfig.get_path("scripts")) / "ray"
     if not program.exists():
         raise ClusterError(f"no ray program at {program}: install ray[default] beside {sys.executable}")
-    gcs, dashboard, client = _free_ports(3)
+    gcs, dashboard, agent, client = _free_ports(4)
     # Ray's socket paths lie in here and must be short.
     base = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="fedsam-", dir=base if len(base) <= _LONGEST_BASE else "/tmp"))  # noqa: S108
@@ -67,6 +67,7 @@ def local_cluster(
     command = [str(program), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     command += [f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={agent}"]  # by default the same for all: a second cluster runs no job
     command += [f"--num-cpus={num_cpus or max(4, os.cpu_count() or 1)}"]
     command += [f"--object-store-memory={object_store_mb * 2**20}", "--include-log-monitor=false"]
     command += [f"--resources={json.dumps(dict(resources or {}))}"]

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="fedsam demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the demo's own")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     sys.exit(guarded(lambda: demo(load_config("demo", options.overrides))))
 
 

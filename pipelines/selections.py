@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, default=2, help="foreground classes (default 2)")
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank (default 32)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     sys.exit(guarded(lambda: _run(options)))
 
 

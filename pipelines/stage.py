@@ -30,7 +30,7 @@ class Stage:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_config_arguments(parser)
-        options = parser.parse_args(arguments)
+        options = parser.parse_intermixed_args(arguments)
         sys.exit(guarded(lambda: self.run(load_config(options.config, options.overrides))))
 
 

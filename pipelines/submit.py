@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--address", help="the cluster's jobs API; default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265"
     )
     add_config_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     sys.exit(guarded(lambda: submit(options.stage, load_config(options.config, options.overrides), options.address)))
 
 
