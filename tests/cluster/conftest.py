@@ -32,18 +32,18 @@ def ray_cluster() -> Iterator[tuple[str, ...]]:
     import ray
     from ray.cluster_utils import Cluster
 
-    memory = 100 * 2**20
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory, "include_dashboard": False}
-    )
+    folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # Ray's socket paths lie in here and must be short
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "temp_dir": folder}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
         for site in SITES:
-            cluster.add_node(num_cpus=1, object_store_memory=memory, resources={f"site_{site}": 1})
+            cluster.add_node(**node, resources={f"site_{site}": 1})
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield SITES
     finally:
         ray.shutdown()
         cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
