@@ -1,7 +1,7 @@
 """`fedsam demo`: a federation of three synthetic hospitals on this machine.
 
-Starts a local Ray cluster, prepares the phantom cohort, submits the federation as a Ray job, follows it, and stops what it
-started. Needs no GPU, no account and no scans.
+Starts a local Ray cluster, prepares the phantom cohort, submits the federation as a Ray job, follows it, and stops what
+it started. Needs no GPU, no account and no scans.
 """
 
 import argparse

@@ -18,7 +18,8 @@ from cluster.site import create_sites
 from cluster.tracking import Tracking
 from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.preprocess import PreparedCohort
-from fedsam_core.federation.engine import Engine, in_process
+from fedsam_core.errors import ClusterError
+from fedsam_core.federation.engine import Engine, describe_failure, in_process
 from fedsam_core.federation.rounds import Federation, State, run_rounds
 from fedsam_core.federation.site import FederatedSite, SiteSpec
 from fedsam_core.hashing import derive_seed, file_sha256, stable_hash
@@ -50,12 +51,24 @@ def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
     Raises:
         FedsamError: what is wrong, in one line; nothing half-written is left under a final name.
     """
-    Tracking(config.tracking, config.work_dir).check()
+    tracking = Tracking(config.tracking, config.work_dir)
+    tracking.check()
     if config.engine.kind == "in-process":
         return run_federation(config, lambda specs: in_process(specs, FederatedSite), emit)
     with _ray():
         preflight(prepared.cohort.sites, cluster_nodes(), config.engine.site)
-        result: Outcome = drive(partial(run_federation, config, partial(_ray_engine, config)), emit)
+        tracked: list[str] = []
+
+        def look_on(event: Event) -> None:
+            tracked.extend(filter(None, [event.tracked]))
+            emit(event)
+
+        try:
+            result: Outcome = drive(partial(run_federation, config, partial(_ray_engine, config)), look_on)
+        except (KeyboardInterrupt, ClusterError) as error:  # the driver is gone and cannot close its MLflow run itself
+            for run_id in tracked:
+                tracking.end(run_id, "KILLED", describe_failure(error))
+            raise
         return result
 
 
@@ -76,6 +89,9 @@ def run_federation(config: Config, open_engine: OpenEngine, emit: Emit) -> Outco
         tags = run_tags(config, cohort, manifest, segmenter, config_hash, devices)
         tracking = Tracking(config.tracking, config.work_dir)
         with tracking.start(run_id, run_params(config), tags) as tracker:
+            emit(
+                Event(f"MLflow run {tracker.run_id} in experiment {config.tracking.experiment}", tracked=tracker.run_id)
+            )
             folder = RunFolder(config.work_dir / "runs" / run_id)
             recorder = Recorder(config, cohort, federation, folder, tracker, emit)
             recorder.begin(test=federation.score(state, "test", 0), validation=federation.score(state, "val", 0))

@@ -26,11 +26,13 @@ class Event:
     Attributes:
         text: a line for the log.
         done, total: rounds that are finished, of how many.
+        tracked: id of the MLflow run, told once: whoever looks on closes that run should the driver be killed.
     """
 
     text: str
     done: int = 0
     total: int = 0
+    tracked: str = ""
 
 
 Emit = Callable[[Event], None]
