@@ -8,6 +8,7 @@ configuration.
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -43,6 +44,7 @@ _log = logging.getLogger(__name__)
 
 # MLflow's limits on one batch.
 _PARAMS_PER_BATCH = 100
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.:/ -]")
 _METRICS_PER_BATCH = 1000
 # After a failed request the server is left alone for so long: rounds go on at their own pace while it is away.
 _PAUSE_SECONDS = 60.0
@@ -234,7 +236,10 @@ class RunTracker:
     def log_round(self, step: int, metrics: Mapping[str, float]) -> None:
         """All metrics of a round, such as `val/dice` or `site/<id>/dice`, as one batch."""
         now = int(time.time() * 1000)
-        entries = [Metric(key, float(value), now, step) for key, value in sorted(metrics.items())]
+        # MLflow allows few characters in names, and a class or a site may be called anything.
+        entries = [
+            Metric(_NOT_IN_NAMES.sub("_", key), float(value), now, step) for key, value in sorted(metrics.items())
+        ]
         for at in range(0, len(entries), _METRICS_PER_BATCH):
             batch = entries[at : at + _METRICS_PER_BATCH]
             self._attempt(

@@ -306,7 +306,8 @@ def resolve(selection: LayerSelection, shapes: Mapping[str, tuple[int, ...]]) ->
             layer `x` is known by its `x.weight` of shape [out, in]; its LoRA is A [rank, in] and B [out, rank].
 
     Raises:
-        SelectionError: a parameter is both shared and local, a block does not exist, or a group is empty here.
+        SelectionError: a parameter is both shared and local, a block does not exist, a rank is over a layer's own, or a
+            group is empty here.
     """
     lora = lora_modules(selection, shapes)
     train, local = _members(selection, selection.train, shapes), _members(selection, selection.local, shapes)
@@ -361,6 +362,11 @@ def lora_modules(selection: LayerSelection, shapes: Mapping[str, tuple[int, ...]
             rank = lora.rank
         else:
             continue
+        if rank > min(shape):
+            raise SelectionError(
+                f"selection {selection.name!r}: rank {rank} is over the {min(shape)} of {module}, where LoRA would be "
+                f"larger than the layer itself: take at most {min(shape)}, or train the layer whole"
+            )
         modules[module] = LoraSpec(rank, float(rank) if lora.alpha is None else lora.alpha)
     if not modules and (lora.encoder or lora.decoder):
         raise SelectionError(f"selection {selection.name!r}: no layer gets LoRA: name a block in lora.encoder_blocks")

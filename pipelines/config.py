@@ -140,11 +140,21 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[
     return rows
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but a key that stands twice is an error: the first would be lost silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((key for position, key in enumerate(keys) if key in keys[:position]), None):
+            raise yaml.MarkedYAMLError(problem=f"key {twice!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(source: str) -> dict[str, Any]:
     known = configs()
     path = known.get(source, Path(source))
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
         raise ConfigError(
             f"no configuration {source}: give a YAML file, or one of the experiments {', '.join(known)}"

@@ -11,7 +11,7 @@ class LearningConfig(Settings):
     """Optimiser, loss and schedule of a site's local training."""
 
     local_steps: int = Field(24, ge=1, description="optimiser steps a site takes in a round")
-    batch_size: int = Field(12, ge=1, description="slices in a step")
+    batch_size: int = Field(12, ge=1, description="slices in a step; a site with fewer takes all it has")
     learning_rate: float = Field(2e-3, gt=0, description="AdamW's peak learning rate")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["cosine", "poly", "constant"] = Field(

@@ -122,7 +122,7 @@ class Learner:
 
     def _draw_batches(self, rng: np.random.Generator) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         """Slice indices of every step: without replacement until a pool is exhausted, then shuffled again."""
-        size, steps = self.config.batch_size, self.config.local_steps
+        size, steps = min(self.config.batch_size, len(self._every)), self.config.local_steps
         wanted = round(size * self.config.foreground_share) if len(self._foreground) else 0
         foreground = _endless(self._foreground, wanted * steps, rng)
         rest = _endless(self._every, (size - wanted) * steps, rng)

@@ -132,13 +132,13 @@ def test_how_a_run_ended(local):
 
 def test_what_mlflow_refuses_is_a_warning_that_names_it(local, caplog, tmp_path):
     with caplog.at_level(logging.WARNING), local.start("x", {}, {}) as run:
-        run.log_round(4, {"bad*name": 1.0})
+        run.log_round(4, {"x" * 300: 1.0})
         run.log_artifact(tmp_path / "absent.png")
-        run.log_round(5, {"good": 1.0})
+        run.log_round(5, {"good, but <odd>": 1.0})
     assert "did not get 1 metrics of step 4" in caplog.text
     assert "absent.png" in caplog.text
     data = held(local, run.run_id)
-    assert data.data.metrics == {"good": 1.0}
+    assert data.data.metrics == {"good_ but _odd_": 1.0}
     assert data.info.status == "FINISHED"
 
 

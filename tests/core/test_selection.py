@@ -248,3 +248,8 @@ def test_a_manifest_costs_no_weights() -> None:
     state = torch.get_rng_state()
     assert manifest_for(ModelConfig(backbone="vit_h", image_size=1024), 2, preset("full")).trainable > 600_000_000
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_rank_over_the_layers_own_is_refused() -> None:
+    with pytest.raises(SelectionError, match=r"rank 100000 is over the \d+ of .*: take at most"):
+        manifest_for(ModelConfig(backbone="vit_t", image_size=112), 2, preset("lora", 100_000))

@@ -52,7 +52,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert (config.name, config.learning.local_steps) == ("mine", 9)
 
 
-@pytest.mark.parametrize("text", ["- a list", "key: [unclosed", "\x00"])
+@pytest.mark.parametrize("text", ["- a list", "key: [unclosed", "\x00", "name: a\nname: b"])
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
