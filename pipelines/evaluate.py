@@ -79,7 +79,7 @@ def find_adapter(config: Config) -> Path:
         named = config.evaluation.adapter
         candidates = [named / "adapter", named]
     else:
-        runs = sorted((config.work_dir / "runs").glob(f"{config.name}-*/adapter"), reverse=True)
+        runs = sorted((config.work_dir / "runs").glob(f"{config.name}-[0-9]*-[0-9]*-*/adapter"), reverse=True)
         candidates = runs[:1]
     for candidate in candidates:
         if (candidate / "manifest.json").is_file():

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import ray
@@ -77,7 +78,8 @@ def run_federation(config: Config, open_engine: OpenEngine, emit: Emit) -> Outco
     cohort = PreparedCohort.open(prepared_folder(config)).cohort
     segmenter, manifest, state = initial_model(config, len(cohort.classes))
     config_hash = config.science_hash(cohort.hash)
-    run_id = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}"
+    # The random end keeps two runs apart that start in the same second.
+    run_id = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}-{token_hex(2)}"
     emit(Event(f"run {run_id}: {len(cohort.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"))
 
     engine = open_engine(site_specs(config, cohort, run_id, config_hash))
