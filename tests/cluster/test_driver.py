@@ -130,8 +130,8 @@ def test_driver_and_sites_end_with_the_entry_point(ray_cluster, how):
         pids = [int(pid) for pid in line.split()[1:]]
         assert len(pids) == 3
         process.send_signal(how)
-        assert process.wait(30) != 0
-        assert gone(pids, timeout=30)
+        assert process.wait(120) != 0
+        assert gone(pids, timeout=120)
     finally:
         process.kill()
         process.wait()
