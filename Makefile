@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## a federation of three synthetic hospitals on a local Ray cluster
-	@$(BIN)/fedsam demo work_dir=$(CURDIR)/.fedsam
+	@$(BIN)/fedsam demo work_dir="$(CURDIR)/.fedsam"
 
 test: setup  ## every test (real scans too, where FEDSAM_REAL_DATA names their folder)
 	$(BIN)/python -m pytest

@@ -24,7 +24,9 @@ _SITE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class SiteNeeds(Settings):
     """What one site's actor asks of Ray."""
 
-    cpus: float = Field(1.0, ge=0, description="CPUs that a site's actor reserves")
+    cpus: float = Field(
+        0.5, ge=0, description="CPUs that a site's actor reserves; half a CPU lets three sites share a laptop's two"
+    )
     gpus: float | None = Field(
         None,
         ge=0,

@@ -317,7 +317,7 @@ def _verify(part: Path, sha256: str | None, where: str) -> None:
 
 
 def _round_trip(store: Store) -> None:
-    key = f".fedsam-check/{uuid.uuid4().hex}"
+    key = f".fedsam-check-{uuid.uuid4().hex}"
     try:
         store.write_bytes(key, b"check")
         if store.read_bytes(key) != b"check":

@@ -267,8 +267,8 @@ class RunTracker:
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows with the same keys, as `<name>.json` in the layout that MLflow shows and compares as a table."""
-        columns = list(rows[0]) if rows else []
-        table = {"columns": columns, "data": [[row[column] for column in columns] for row in rows]}
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        table = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.json"
             path.write_text(json.dumps(table))

@@ -4,10 +4,10 @@ import difflib
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cluster.placement import SiteNeeds
 from cluster.tracking import TrackingConfig
@@ -16,7 +16,7 @@ from fedsam_core.data.preprocess import PreprocessConfig
 from fedsam_core.data.slices import SliceConfig
 from fedsam_core.errors import ConfigError
 from fedsam_core.federation.config import FederationConfig
-from fedsam_core.hashing import stable_hash
+from fedsam_core.hashing import file_sha256, stable_hash
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.sam.backbones import ModelConfig
 from fedsam_core.selection import LayerSelection, preset
@@ -27,9 +27,7 @@ class EngineConfig(Settings):
     """What carries the calls to sites."""
 
     kind: Literal["ray", "in-process"] = Field("ray", description="ray: an actor a site; in-process: no Ray at all")
-    site: SiteNeeds = Field(
-        SiteNeeds(cpus=0.5), description="what a site's actor books; half a CPU lets three sites share a laptop's two"
-    )
+    site: SiteNeeds = Field(SiteNeeds(), description="what a site's actor books")
 
 
 class EvaluationConfig(Settings):
@@ -63,6 +61,12 @@ class Config(Settings):
     engine: EngineConfig = Field(EngineConfig(), description="Ray or one process")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
 
+    @model_validator(mode="after")
+    def _one_rank(self) -> Self:
+        if self.rank is not None and isinstance(self.selection, LayerSelection):
+            raise ValueError("rank is for presets; with a written selection set rank=null and selection.lora.rank")
+        return self
+
     @field_validator("work_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -75,11 +79,20 @@ class Config(Settings):
 
     def science_hash(self, cohort_hash: str) -> str:
         """SHA-256 (hex) of what decides the result, and of nothing else: not folders, names, tracking or engine."""
-        kept = self.model_dump(mode="json", include=set(_SCIENCE))
+        kept = self.model_dump(mode="json", include=_SCIENCE)
+        if self.model.checkpoint is not None:
+            kept["model"]["checkpoint"] = file_sha256(self.model.checkpoint)
         return stable_hash({**kept, "selection": self.layers.hash, "cohort": cohort_hash})
 
 
-_SCIENCE = ("seed", "preprocess", "model", "slices", "learning", "federation")
+_SCIENCE: Any = {
+    "seed": True,
+    "preprocess": True,
+    "model": True,
+    "slices": True,
+    "learning": True,
+    "federation": {"rounds", "update_clip"},  # the rest changes who waits for whom and who sees what
+}
 _PATHS = ("cohort.path", "cohort.sites_csv", "model.checkpoint", "evaluation.adapter")
 
 
@@ -99,9 +112,11 @@ def load_config(source: str | None, overrides: list[str] | None = None) -> Confi
         _apply(tree, override)
     _absolute_paths(tree)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(e, source) for e in error.errors())) from error
+    _ = config.layers  # a preset that does not exist is an error now, not after hours of preparing
+    return config
 
 
 def configs() -> dict[str, Path]:
@@ -190,6 +205,13 @@ def _absolute_paths(tree: dict[str, Any]) -> None:
         section, key = dotted.split(".")
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = os.path.abspath(os.path.expanduser(tree[section][key]))
+    tracking = tree.get("tracking")
+    if isinstance(tracking, dict):
+        uri, root = tracking.get("uri"), tracking.get("artifact_root")
+        if isinstance(uri, str) and uri.startswith("sqlite:///"):
+            tracking["uri"] = "sqlite:///" + os.path.abspath(os.path.expanduser(uri.removeprefix("sqlite:///")))
+        if isinstance(root, str) and "://" not in root:
+            tracking["artifact_root"] = os.path.abspath(os.path.expanduser(root))
 
 
 def _explain(error: Any, source: str | None) -> str:

@@ -4,6 +4,7 @@ Writes masks (NIfTI, in the scan's geometry), scores.csv, summary.json and pictu
 evaluation/SPLIT.
 """
 
+import json
 from pathlib import Path
 
 from fedsam_core.data.preprocess import PreparedCohort
@@ -19,6 +20,7 @@ from fedsam_core.sam.segmenter import SamSegmenter
 from pipelines import console
 from pipelines.config import Config
 from pipelines.prepare import prepared_cohort
+from pipelines.recorder import inputs_of
 from pipelines.run_folder import RunFolder
 from pipelines.stage import Stage
 
@@ -94,10 +96,17 @@ def load_segmenter(config: Config, classes: int, adapter: Path) -> SamSegmenter:
     """The backbone of the configuration with the adapter in it, on this machine's device.
 
     Raises:
-        CheckpointError: the adapter was trained for another backbone, selection or number of classes.
+        CheckpointError: the adapter was trained for another backbone, selection, number of classes or preprocessing.
     """
     segmenter = build_segmenter(config.model, classes, config.layers, seed=derive_seed(config.seed, "model"))
     load_adapter(segmenter, adapter)
+    card = json.loads((adapter / "card.json").read_text())
+    for key, value in inputs_of(config).items():
+        if key in card and card[key] != value:
+            raise CheckpointError(
+                f"{adapter} was trained with {key} {card[key]}, the configuration has {value}: evaluate with the "
+                f"settings of its run ({adapter.parent / 'config.yaml'})"
+            )
     return segmenter.to(pick_device())
 
 

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,14 +21,16 @@ from cluster.site import create_sites
 from cluster.tracking import Tracking
 from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.preprocess import PreparedCohort
-from fedsam_core.errors import ClusterError
+from fedsam_core.errors import ClusterError, ConfigError
 from fedsam_core.federation.engine import Engine, describe_failure, in_process
 from fedsam_core.federation.rounds import Federation, State, run_rounds
 from fedsam_core.federation.site import FederatedSite, SiteSpec
+from fedsam_core.federation.state import weights_hash
 from fedsam_core.hashing import derive_seed, file_sha256, stable_hash
 from fedsam_core.sam.adapters import adapt, shared_state
 from fedsam_core.sam.backbones import build_segmenter
 from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.config import Config, flatten
@@ -35,15 +39,49 @@ from pipelines.recorder import Emit, Event, Outcome, Recorder
 from pipelines.run_folder import RunFolder
 from pipelines.stage import Stage
 
+
+@dataclass(frozen=True)
+class CohortFacts:
+    """What the driver knows of the cohort.
+
+    Attributes:
+        described: name, classes and whether it is synthetic; its list of cases is empty.
+        sites: ids.
+        hash: of the cohort with its cases.
+    """
+
+    described: Cohort
+    sites: tuple[str, ...]
+    hash: str
+
+
 OpenEngine = Callable[[list[SiteSpec]], Engine]
 
 
 def run(config: Config) -> None:
     """Runs the federation and prints what came of it."""
+    check(config)
     with console.Bars() as bars:
         prepared = prepared_cohort(config, bars)
         outcome = federate(config, prepared, partial(_print, bars))
     show(outcome)
+
+
+def check(config: Config) -> None:
+    """Finds what would only fail hours later, before a scan is read.
+
+    Raises:
+        FedsamError: names the key and the fix.
+    """
+    if config.layers.local:
+        raise ConfigError(
+            f"selection {config.layers.name} keeps {', '.join(config.layers.local)} at the site, which a run "
+            "cannot hand out yet: move these groups to train, or leave them out"
+        )
+    checkpoint = config.model.checkpoint
+    if checkpoint is not None and not checkpoint.is_file():
+        raise ConfigError(f"model.checkpoint: no file {checkpoint}")
+    Tracking(config.tracking, config.work_dir).check()
 
 
 def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
@@ -52,10 +90,17 @@ def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
     Raises:
         FedsamError: what is wrong, in one line; nothing half-written is left under a final name.
     """
-    tracking = Tracking(config.tracking, config.work_dir)
-    tracking.check()
+    cohort = prepared.cohort
+    if len(cohort.sites) < SMALLEST_PRIVATE_SUM and config.federation.secure_sum == "masked":
+        raise ConfigError(
+            f"cohort {cohort.name} has {len(cohort.sites)} sites, but a secure sum needs at least "
+            f"{SMALLEST_PRIVATE_SUM} sites, as a sum of two shows each the other's update: add a site, or set "
+            "federation.secure_sum=plain"
+        )
+    # The driver is told names and hashes; which cases there are, and how many slices, stays with the sites.
+    about = CohortFacts(cohort.model_copy(update={"cases": ()}), cohort.sites, cohort.hash)
     if config.engine.kind == "in-process":
-        return run_federation(config, lambda specs: in_process(specs, FederatedSite), emit)
+        return run_federation(config, about, lambda specs: in_process(specs, FederatedSite), emit)
     with _ray():
         preflight(prepared.cohort.sites, cluster_nodes(), config.engine.site)
         tracked: list[str] = []
@@ -65,30 +110,39 @@ def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
             emit(event)
 
         try:
-            result: Outcome = drive(partial(run_federation, config, partial(_ray_engine, config)), look_on)
-        except (KeyboardInterrupt, ClusterError) as error:  # the driver is gone and cannot close its MLflow run itself
+            result: Outcome = drive(partial(run_federation, config, about, partial(_ray_engine, config)), look_on)
+        except (
+            KeyboardInterrupt,
+            SystemExit,
+            ClusterError,
+        ) as error:  # the driver is gone and cannot close its MLflow run itself
             for run_id in tracked:
-                tracking.end(run_id, "KILLED", describe_failure(error))
+                Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
             raise
         return result
 
 
-def run_federation(config: Config, open_engine: OpenEngine, emit: Emit) -> Outcome:
+def run_federation(config: Config, about: CohortFacts, open_engine: OpenEngine, emit: Emit) -> Outcome:
     """The run itself: wherever this executes is the driver."""
-    cohort = PreparedCohort.open(prepared_folder(config)).cohort
+    cohort = about.described
     segmenter, manifest, state = initial_model(config, len(cohort.classes))
-    config_hash = config.science_hash(cohort.hash)
+    config_hash = config.science_hash(about.hash)
     # The random end keeps two runs apart that start in the same second.
     run_id = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}-{token_hex(2)}"
-    emit(Event(f"run {run_id}: {len(cohort.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"))
+    emit(Event(f"run {run_id}: {len(about.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"))
 
-    engine = open_engine(site_specs(config, cohort, run_id, config_hash))
+    engine = open_engine(site_specs(config, about.sites, run_id, config_hash))
     try:
-        federation = Federation(engine, manifest, len(cohort.classes), run_id, config_hash, config.federation)
+        frozen = weights_hash(segmenter, manifest)
+        federation = Federation(engine, manifest, len(cohort.classes), run_id, config_hash, config.federation, frozen)
         federation.open()
         devices = ", ".join(sorted({site["device"] for site in federation.sites.values()}))
         emit(Event(f"sites are open on {devices}; sums are {config.federation.secure_sum}"))
-        tags = run_tags(config, cohort, manifest, segmenter, config_hash, devices)
+        tags = {
+            **run_tags(config, about, manifest, segmenter, config_hash),
+            "fedsam.device": devices,
+            "fedsam.precision": next(site["precision"] for site in federation.sites.values()),
+        }
         tracking = Tracking(config.tracking, config.work_dir)
         with tracking.start(run_id, run_params(config), tags) as tracker:
             emit(
@@ -111,7 +165,7 @@ def initial_model(config: Config, classes: int) -> tuple[SamSegmenter, Parameter
     return segmenter, manifest, shared_state(segmenter, manifest)
 
 
-def site_specs(config: Config, cohort: Cohort, run_id: str, config_hash: str) -> list[SiteSpec]:
+def site_specs(config: Config, sites: Sequence[str], run_id: str, config_hash: str) -> list[SiteSpec]:
     """What each site is told."""
     return [
         SiteSpec(
@@ -127,7 +181,7 @@ def site_specs(config: Config, cohort: Cohort, run_id: str, config_hash: str) ->
             federation=config.federation,
             inference_batch=config.evaluation.batch_size,
         )
-        for site in cohort.sites
+        for site in sites
     ]
 
 
@@ -138,6 +192,7 @@ def run_params(config: Config) -> dict[str, Any]:
     return {
         **flatten(sections),
         "selection": config.layers.name,
+        **flatten(config.layers.model_dump(mode="json", exclude={"name"}), "selection."),
         "rank": lora.rank if lora else 0,
         "cohort": config.cohort.name,
         "engine": config.engine.kind,
@@ -145,7 +200,7 @@ def run_params(config: Config) -> dict[str, Any]:
 
 
 def run_tags(
-    config: Config, cohort: Cohort, manifest: ParameterManifest, segmenter: SamSegmenter, config_hash: str, devices: str
+    config: Config, about: CohortFacts, manifest: ParameterManifest, segmenter: SamSegmenter, config_hash: str
 ) -> dict[str, str]:
     """Tags of an MLflow run: what it was made from, by hash, and what a reader must know to judge it."""
     return {
@@ -153,13 +208,12 @@ def run_tags(
         "fedsam.version": fedsam_core.__version__,
         "fedsam.config_hash": config_hash,
         "fedsam.layout_hash": manifest.layout_hash,
-        "fedsam.cohort_hash": cohort.hash,
+        "fedsam.cohort_hash": about.hash,
         "fedsam.code_hash": code_hash(),
         "fedsam.trainable": str(manifest.trainable),
-        "fedsam.device": devices,
         "fedsam.secure_sum": config.federation.secure_sum,
         "fedsam.roster": "development",  # keys collected by the driver: nobody vouches for them
-        "fedsam.synthetic": str(cohort.synthetic).lower(),
+        "fedsam.synthetic": str(about.described.synthetic).lower(),
         "fedsam.weights": segmenter.weights,
     }
 
@@ -174,8 +228,11 @@ def code_hash() -> str:
 def show(outcome: Outcome) -> None:
     """Prints the closing table and where everything is."""
     before, after = outcome.before, outcome.after
-    rows = [(f"site {site}", before["per_site"].get(site), dice) for site, dice in sorted(after["per_site"].items())]
-    rows += [(f"class {name}", before["per_class"][name], dice) for name, dice in after["per_class"].items()]
+    rows = [
+        (f"{what} {name}", before[part][name]["dice"] if name in before[part] else None, group["dice"])
+        for what, part in (("site", "per_site"), ("class", "per_class"))
+        for name, group in sorted(after[part].items())
+    ]
     rows.append(("all sites", before["dice"], after["dice"]))
     console.out.print(console.table("Dice on the test cases, in the scans' own grid", ("", "before", "after"), rows))
     up, down = console.size(outcome.bytes_up), console.size(outcome.bytes_down)
@@ -200,16 +257,31 @@ def _ray_engine(config: Config, specs: Sequence[SiteSpec]) -> Engine:
 @contextmanager
 def _ray() -> Iterator[None]:
     """Connects to the cluster that RAY_ADDRESS names (a Ray job's own), else to a local one made for this run."""
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS"),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    address = os.environ.get("RAY_ADDRESS")
+    _require_answer(address)
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {reason}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str | None) -> None:
+    """Ray itself tries a dead address for minutes; a plain connection tells at once."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): correct the variable, or unset it to start a "
+            "local cluster"
+        ) from error
 
 
 STAGE = Stage("federate", __doc__ or "", run)

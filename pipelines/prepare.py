@@ -3,12 +3,15 @@
 from pathlib import Path
 
 from fedsam_core.data.cohort import Progress, read_cohort
+from fedsam_core.data.files import write_atomic
 from fedsam_core.data.preprocess import PreparedCohort, prepare
 from fedsam_core.errors import DataError
 from fedsam_core.hashing import stable_hash
 from pipelines import console
 from pipelines.config import Config
 from pipelines.stage import Stage
+
+SOURCES = "sources.sha256"
 
 
 def prepared_folder(config: Config) -> Path:
@@ -23,16 +26,30 @@ def prepare_cohort(config: Config, progress: Progress | None = None) -> Prepared
     Raises:
         DataError: naming the file, row or site that is wrong, and the fix.
     """
+    folder, sources = prepared_folder(config), source_fingerprint(config)
     cohort = read_cohort(config.cohort, config.work_dir, progress)
-    return prepare(cohort, config.preprocess, prepared_folder(config), progress)
+    prepared = prepare(cohort, config.preprocess, folder, progress)
+    write_atomic(folder / SOURCES, sources.encode())
+    return prepared
 
 
 def prepared_cohort(config: Config, progress: Progress | None = None) -> PreparedCohort:
-    """The prepared cohort, made now if it is not there yet. Does not look at the original scans if it is."""
+    """The prepared cohort; made now if it is not there yet, or if a file of its source has changed since."""
+    folder = prepared_folder(config)
     try:
-        return PreparedCohort.open(prepared_folder(config))
-    except DataError:
-        return prepare_cohort(config, progress)
+        if (folder / SOURCES).read_text() == source_fingerprint(config):
+            return PreparedCohort.open(folder)
+    except (OSError, DataError):
+        pass  # not prepared yet
+    return prepare_cohort(config, progress)
+
+
+def source_fingerprint(config: Config) -> str:
+    """Hash over names, sizes and times of all files of the source: quick, and enough to notice a change."""
+    root, table = config.cohort.path, config.cohort.sites_csv
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()] if root is not None else []
+    files += [table] if table is not None and table.is_file() else []
+    return stable_hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
 def run(config: Config) -> None:

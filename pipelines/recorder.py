@@ -9,7 +9,6 @@ from typing import Any
 
 from cluster.tracking import RunTracker
 from fedsam_core.data.cohort import Cohort
-from fedsam_core.evaluation.metrics import summarize
 from fedsam_core.evaluation.overlays import dice_bars
 from fedsam_core.federation.rounds import Federation, RoundReport, Scores, State
 from fedsam_core.federation.state import pack_state
@@ -45,8 +44,8 @@ class Outcome:
     Attributes:
         folder: the run's folder.
         ui: command that opens the MLflow UI.
-        before, after: Dice on the test cases, before the first and after the last round: "dice" over all sites from the
-            masked sum, "per_class", and "per_site" from the sites that tell.
+        before, after: Dice on the test cases, before the first and after the last round: "dice" and "per_class" over
+            all sites, from the masked sum; "per_site", "macro_dice" and "cases" from the sites that tell.
         bytes_up, bytes_down: serialized messages of a training round, mean over rounds, all sites together.
         trained: parameters trained and sent.
         rounds: how many.
@@ -125,14 +124,16 @@ class Recorder:
             "cohort": self._cohort.name,
             "classes": list(self._cohort.classes),
             "dice": after["dice"],
+            **inputs_of(config),
         }
         save_adapter(segmenter, federation.manifest, self._folder.path / "adapter", card)
-        self._folder.write_table("scores.csv", [score.row() for score in test.cases])
+        self._folder.write_table("ledger.csv", federation.ledger.rows())  # with the closing scores
+        rows = site_rows(after)
+        self._folder.write_table("scores.csv", rows)
         for site, png in test.pictures.items():
             self._folder.write(f"pictures/{site}.png", png)
-        if after["shared"] and self._before["shared"]:
-            bars = self._folder.path / "pictures" / "dice.png"
-            dice_bars(after["shared"], self._cohort, bars, self._before["shared"])
+        if after["per_site"] and self._before["per_site"]:
+            dice_bars(after, self._cohort, self._folder.path / "pictures" / "dice.png", self._before)
         training = [(r["comm/bytes_up"], r["comm/bytes_down"]) for r in self._rounds]
         outcome = Outcome(
             folder=self._folder.path,
@@ -148,18 +149,21 @@ class Recorder:
         self._folder.write_json("summary.json", asdict(outcome) | {"folder": str(outcome.folder)})
         self._tracker.log_round(config.federation.rounds, self._final_metrics(after))
         self._tracker.log_table("rounds", self._rounds)
-        if test.cases:
-            self._tracker.log_table("scores", [score.row() for score in test.cases])
+        if rows:
+            self._tracker.log_table("scores", rows)
         self._tracker.log_artifact(self._folder.path)
         return outcome
 
     def _summary(self, scores: Scores) -> dict[str, Any]:
-        shared = summarize(scores.cases, self._cohort.classes) if scores.cases else None
+        told = [group["dice"] for group in scores.by_site.values() if group["dice"] is not None]
         return {
             "dice": _known(scores.mean_dice),
-            "per_class": {name: _known(dice) for name, dice in zip(self._cohort.classes, scores.dice, strict=True)},
-            "per_site": {site: group["dice"] for site, group in shared["per_site"].items()} if shared else {},
-            "shared": shared,
+            "per_class": {
+                name: {"dice": _known(dice)} for name, dice in zip(self._cohort.classes, scores.dice, strict=True)
+            },
+            "per_site": scores.by_site,
+            "macro_dice": sum(told) / len(told) if told else None,
+            "cases": sum(group["cases"] for group in scores.by_site.values()),
         }
 
     def _validation_metrics(self, scores: Scores) -> dict[str, float]:
@@ -171,11 +175,29 @@ class Recorder:
         )
 
 
+def site_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a site: how many cases, Dice over the classes, Dice of each."""
+    return [
+        {"site": site, "cases": group["cases"], "dice": group["dice"]}
+        | {f"dice_{name}": one["dice"] for name, one in group["per_class"].items()}
+        for site, group in summary["per_site"].items()
+    ]
+
+
+def inputs_of(config: Config) -> dict[str, Any]:
+    """What a scan goes through before the model sees it: an adapter is good for this and nothing else."""
+    return {
+        "preprocess": config.preprocess.model_dump(mode="json"),
+        "context": config.slices.context,
+        "context_mm": config.slices.context_mm,
+    }
+
+
 def _metrics(overall: str, by_site: str, summary: dict[str, Any]) -> dict[str, float]:
     """Flat metric names: `overall`, `overall`_CLASS, site/ID/`by_site`. What could not be scored is left out."""
     named = {overall: summary["dice"]}
-    named |= {f"{overall}_{name}": dice for name, dice in summary["per_class"].items()}
-    named |= {f"site/{site}/{by_site}": dice for site, dice in summary["per_site"].items()}
+    named |= {f"{overall}_{name}": group["dice"] for name, group in summary["per_class"].items()}
+    named |= {f"site/{site}/{by_site}": group["dice"] for site, group in summary["per_site"].items()}
     return {name: dice for name, dice in named.items() if dice is not None}
 
 

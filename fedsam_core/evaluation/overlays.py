@@ -58,7 +58,9 @@ def pick_slices(labels: Array, count: int) -> list[int]:
     return [int(run[np.argmax(weight[run])] if weight.any() else run[len(run) // 2]) for run in runs]
 
 
-def overlay(cohort: Cohort, score: CaseScore, prediction: Array, path: Path, panels: int = 6) -> None:
+def overlay(
+    cohort: Cohort, score: CaseScore, prediction: Array, path: Path, panels: int = 6, caption: str | None = None
+) -> None:
     """Writes a PNG, atomically: slices of a scored scan with the outlines of truth (solid) and prediction (dashed).
 
     Scan and truth are read from their own files. Radiological convention, with the letters of the body's sides on every
@@ -70,6 +72,7 @@ def overlay(cohort: Cohort, score: CaseScore, prediction: Array, path: Path, pan
         prediction: uint8 [X, Y, Z] on the scan's own grid.
         path: the PNG to write.
         panels: at most this many slices.
+        caption: what stands in the title; by default the site and the name of the case.
 
     Raises:
         DataError: scan or label file cannot be read, or the disk refuses.
@@ -112,7 +115,7 @@ def overlay(cohort: Cohort, score: CaseScore, prediction: Array, path: Path, pan
             _stamp(axes)
 
     dice = ", ".join(f"{name} {_number(value)}" for name, value in zip(cohort.classes, score.dice, strict=True))
-    _title(figure, cohort, f"{case.site} · {case.id}\nDice: {dice}")
+    _title(figure, cohort, f"{caption or f'{case.site} · {case.id}'}\nDice: {dice}")
     handles = [
         Line2D([], [], color=color, linewidth=1.6, label=f"{name}, {what}", **style)
         for name, color in zip(cohort.classes, _colors(cohort), strict=True)

@@ -1,9 +1,12 @@
 """What carries calls to sites. The only thing that differs between one process and a cluster."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from fedsam_core.errors import FedsamError
+
+_log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -64,6 +67,8 @@ class InProcessEngine:
             try:
                 replies[site] = getattr(self._sites[site], method)(**args[site])
             except Exception as error:  # whatever befalls a site must not befall the others
+                if not isinstance(error, FedsamError):
+                    _log.exception("%s failed at site %s", method, site)  # a bug keeps its traceback
                 lost[site] = describe_failure(error)
         return replies, lost
 

@@ -9,13 +9,25 @@ import json
 from dataclasses import asdict
 from typing import Literal
 
+from pydantic import Field
+
 from fedsam_core.errors import SecureSumError
 from fedsam_core.hashing import stable_hash
 from fedsam_core.secagg.attempt import Attempt
 from fedsam_core.secagg.quantize import Lane, VectorLayout
 from fedsam_core.selection import ParameterManifest
+from fedsam_core.settings import Settings
 
 Purpose = Literal["weights", "update", "scores"]
+
+
+class Task(Settings):
+    """What a sum asks of every site; the same for all."""
+
+    purpose: Purpose
+    total_slices: float | None = Field(None, gt=0, description="for updates: training slices of all sites together")
+    split: Literal["val", "test"] | None = Field(None, description="for scores: which cases")
+
 
 # A lane's clip is the largest value of one site; the quantiser refuses what is beyond, so that nothing saturates.
 MAX_SLICES = 2.0**20
@@ -43,9 +55,13 @@ def layout_of(purpose: Purpose, sites: int, shared_size: int, classes: int, clip
     return VectorLayout(lanes[purpose], max_sites=sites)
 
 
-def sum_layout_hash(manifest: ParameterManifest, layout: VectorLayout) -> str:
-    """Hash (hex) that binds a sum to the parameters it is about and to its lanes."""
-    return stable_hash([manifest.layout_hash, layout.hash])
+def sum_hash(manifest: ParameterManifest, layout: VectorLayout, task: Task) -> str:
+    """Hash (hex) that binds a sum to the parameters it is about, to its lanes and to the task.
+
+    It is part of what every site signs: sites that were told different tasks refuse each other, so nobody can have one
+    site's update counted fully and the others' not at all.
+    """
+    return stable_hash([manifest.layout_hash, layout.hash, task.model_dump()])
 
 
 def attempt_to_json(attempt: Attempt) -> bytes:

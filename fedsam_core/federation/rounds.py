@@ -12,10 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsam_core.errors import RoundError
-from fedsam_core.evaluation.metrics import CaseScore
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import Engine
-from fedsam_core.federation.lanes import Purpose, layout_of, sum_layout_hash
+from fedsam_core.federation.lanes import Task, layout_of, sum_hash
 from fedsam_core.federation.ledger import Ledger
 from fedsam_core.federation.state import pack_state, state_hash
 from fedsam_core.federation.summation import Contribution, Relay, Total, plain_sum, secure_sum
@@ -25,6 +24,8 @@ from fedsam_core.selection import ParameterManifest
 
 State = dict[str, np.ndarray[Any, Any]]
 
+_REJOIN_SECONDS = 120.0  # what the others wait for a lost site to open again before a sum
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -32,12 +33,12 @@ class Scores:
 
     Attributes:
         dice: mean Dice per class over all cases of all sites; nan where no case had one.
-        cases: the score of every case, from the sites that disclose them.
+        by_site: a site's own means, as `summarize` groups them, from the sites that disclose them.
         pictures: PNG bytes by site, from the sites that disclose one.
     """
 
     dice: tuple[float, ...]
-    cases: list[CaseScore] = field(default_factory=list)
+    by_site: dict[str, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
 
     @property
@@ -85,7 +86,9 @@ class Federation:
         run: str,
         config_hash: str,
         config: FederationConfig,
+        weights: str,
     ) -> None:
+        """`weights` is the driver's own `weights_hash`; what the others are is said in `pipelines.federate`."""
         self.engine = engine
         self.manifest = manifest
         self.classes = classes
@@ -95,6 +98,8 @@ class Federation:
         self.ledger = Ledger()
         self.sites: dict[str, dict[str, str]] = {}
         self._roster = Roster({})
+        self._weights_hash = weights
+        self._lost: list[str] = []
         self._attempts = 0
         self._held: dict[str, str] = {}  # which global state each site holds, by hash: nothing is sent twice
 
@@ -108,38 +113,39 @@ class Federation:
         """
         replies = self._ask_all("open", {})
         for site, reply in replies.items():
-            if reply["layout_hash"] != self.manifest.layout_hash:
+            if not self._fits(reply):
                 raise RoundError(
-                    f"site {site} has another parameter layout ({reply['layout_hash'][:12]}, here "
-                    f"{self.manifest.layout_hash[:12]}): start driver and sites with the same configuration and code"
+                    f"site {site} adapts another model than the driver (other layers or other frozen weights): start "
+                    "all with the same configuration, code and checkpoint"
                 )
+        if len({reply["precision"] for reply in replies.values()}) > 1:
+            mixed = ", ".join(f"{site}: {reply['precision']}" for site, reply in sorted(replies.items()))
+            raise RoundError(f"sites would train in different precisions ({mixed}): set learning.precision=fp32")
         self.sites = replies
-        keys = {site: reply["identity"] for site, reply in replies.items()}
-        self._roster = Roster({site: bytes.fromhex(key) for site, key in keys.items()})
-        self._ask_all("enroll", {"roster": keys})
+        self._enroll()
 
     def total_slices(self) -> float:
         """Training slices of all sites together, from the first secure sum."""
-        return float(self._sum("weights", 0, "weigh", None, {}).lanes["slices"][0])
+        return float(self._sum(Task(purpose="weights"), 0, "weigh", None).lanes["slices"][0])
 
     def train(self, state: State, round_number: int, total_slices: float) -> tuple[State, Total]:
         """One round of training: the weighted mean of the sites' updates added to the global state."""
-        total = self._sum("update", round_number, "fit", state, {"total_slices": total_slices})
+        total = self._sum(Task(purpose="update", total_slices=total_slices), round_number, "fit", state)
         mean = total.lanes["update"] / total.lanes["weight"][0]
         vector = self.manifest.flatten(state).astype(np.float64) + mean
         return self.manifest.unflatten(vector.astype(np.float32)), total
 
     def score(self, state: State, split: Literal["val", "test"], round_number: int, pictures: bool = False) -> Scores:
         """Dice of a global state over the sites' cases of a split, and what the sites disclose beside it."""
-        lanes = self._sum("scores", round_number, "score", state, {"split": split}).lanes
+        total = self._sum(Task(purpose="scores", split=split), round_number, "score", state)
+        lanes = total.lanes
         with np.errstate(invalid="ignore"):
             dice = np.where(lanes["cases"] > 0.5, lanes["dice"] / lanes["cases"], np.nan)
-        told, _ = self.engine.call(
-            "disclose", {site: {"picture": pictures} for site in self.engine.sites}, self.config.deadline_s
-        )
+        asked = {site: {"picture": pictures} for site in total.contributors}
+        told, _ = self.engine.call("disclose", asked, self.config.deadline_s)
         return Scores(
             dice=tuple(dice.tolist()),
-            cases=[CaseScore(**fields) for site in sorted(told) for fields in told[site]["scores"]],
+            by_site={site: told[site]["summary"] for site in sorted(told) if told[site]["summary"]},
             pictures={site: told[site]["picture"] for site in sorted(told) if told[site]["picture"]},
         )
 
@@ -149,30 +155,51 @@ class Federation:
             raise RoundError("; ".join(f"site {site} cannot take part: {why}" for site, why in sorted(lost.items())))
         return replies
 
-    def _sum(
-        self, purpose: Purpose, round_number: int, contribute: str, state: State | None, keywords: Mapping[str, Any]
-    ) -> Total:
+    def _rejoin(self) -> None:
+        """Opens sites anew that the last sum lost: one that was restarted has neither scans, model nor known key."""
+        if not self._lost:
+            return
+        patience = min(_REJOIN_SECONDS, self.config.deadline_s)
+        replies, _ = self.engine.call("open", {site: {} for site in self._lost}, patience)
+        back = {site: reply for site, reply in replies.items() if self._fits(reply)}
+        self.sites |= back
+        self._held = {site: held for site, held in self._held.items() if site not in back}
+        self._lost = [site for site in self._lost if site not in back]
+        if back:
+            self._enroll()
+
+    def _enroll(self) -> None:
+        keys = {site: reply["identity"] for site, reply in self.sites.items()}
+        self._roster = Roster({site: bytes.fromhex(key) for site, key in keys.items()})
+        self.engine.call("enroll", {site: {"roster": keys} for site in self.sites}, self.config.deadline_s)
+
+    def _fits(self, reply: Mapping[str, str]) -> bool:
+        return reply["layout_hash"] == self.manifest.layout_hash and reply["weights_hash"] == self._weights_hash
+
+    def _sum(self, task: Task, round_number: int, contribute: str, state: State | None) -> Total:
+        self._rejoin()
         sites = self.engine.sites
-        layout = layout_of(purpose, len(sites), self.manifest.shared_size, self.classes, self.config.update_clip)
+        layout = layout_of(task.purpose, len(sites), self.manifest.shared_size, self.classes, self.config.update_clip)
         self._attempts += 1
         attempt = Attempt(
             run=self.run,
             round=round_number,
             attempt=self._attempts,
-            layout_hash=sum_layout_hash(self.manifest, layout),
+            layout_hash=sum_hash(self.manifest, layout, task),
             config_hash=self.config_hash,
             model_hash=state_hash(self.manifest, state) if state is not None else "",
             sites=sites,
             threshold=default_threshold(len(sites)),
         )
-        relay = Relay(self.engine, attempt, purpose, self.ledger, self.config.deadline_s)
+        relay = Relay(self.engine, attempt, task, self.ledger, self.config.deadline_s)
         packed = None if state is None else pack_state(self.manifest, state)
         holders = frozenset(site for site, held in self._held.items() if held == attempt.model_hash)
         open_sum = plain_sum if self.config.secure_sum == "plain" else secure_sum
-        how = Contribution(contribute, keywords, packed, holders)
+        how = Contribution(contribute, packed, holders)
         total = open_sum(relay, attempt, self._roster, layout, how)
         if state is not None:
             self._held = dict.fromkeys(total.contributors, attempt.model_hash)
+        self._lost = sorted(total.lost)
         return total
 
 

@@ -4,7 +4,7 @@ Every method takes and returns bytes, numbers or plain dictionaries. The scans, 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -14,13 +14,13 @@ import torch
 
 from fedsam_core.data.preprocess import PreparedCase, PreparedCohort
 from fedsam_core.data.slices import SliceConfig, SliceDataset
-from fedsam_core.errors import DataError, RoundError
+from fedsam_core.errors import DataError, RoundError, SecureSumError
 from fedsam_core.evaluation.inference import segment_scan
-from fedsam_core.evaluation.metrics import CaseScore, dice_sums, score_case
+from fedsam_core.evaluation.metrics import CaseScore, dice_sums, score_case, summarize
 from fedsam_core.evaluation.overlays import overlay
 from fedsam_core.federation.config import FederationConfig
-from fedsam_core.federation.lanes import Purpose, attempt_from_json, layout_of, sum_layout_hash
-from fedsam_core.federation.state import state_hash, unpack_state
+from fedsam_core.federation.lanes import Task, attempt_from_json, layout_of, sum_hash
+from fedsam_core.federation.state import state_hash, unpack_state, weights_hash
 from fedsam_core.hashing import derive_seed
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.device import describe_device, pick_device
@@ -80,6 +80,7 @@ class FederatedSite:
         self._opened: OpenSite | None = None
         self._roster: Roster | None = None
         self._attempt: Attempt | None = None
+        self._task = Task(purpose="weights")
         self._session: SiteSession | None = None
         self._layout: VectorLayout | None = None
         self._held: dict[str, Array] | None = None
@@ -109,6 +110,7 @@ class FederatedSite:
         return {
             "identity": self._identity.public.hex(),
             "layout_hash": manifest.layout_hash,
+            "weights_hash": weights_hash(segmenter, manifest),
             "device": describe_device(device),
             "precision": "bf16" if learner.autocast else "fp32",
         }
@@ -117,15 +119,15 @@ class FederatedSite:
         """Pins the public identity keys (hex, by site) of everyone in the run."""
         self._roster = Roster({site: bytes.fromhex(key) for site, key in roster.items()})
 
-    def advertise(self, attempt: bytes, purpose: Purpose) -> bytes:
+    def advertise(self, attempt: bytes, task: Mapping[str, Any]) -> bytes:
         """Starts a sum with fresh keys.
 
         Raises:
             RoundError: run, configuration or layout are not the ones this site was opened with.
         """
-        self._attempt = attempt_from_json(attempt)
+        self._attempt, self._task = attempt_from_json(attempt), Task.model_validate(task)
         self._layout = layout_of(
-            purpose,
+            self._task.purpose,
             sites=len(self._attempt.sites),
             shared_size=self._site.manifest.shared_size,
             classes=len(self._site.classes),
@@ -134,13 +136,13 @@ class FederatedSite:
         own = {
             "run": self.spec.run,
             "config_hash": self.spec.config_hash,
-            "layout_hash": sum_layout_hash(self._site.manifest, self._layout),
+            "layout_hash": sum_hash(self._site.manifest, self._layout, self._task),
         }
         for key, value in own.items():
             if (theirs := getattr(self._attempt, key)) != value:
                 raise RoundError(
-                    f"site {self.spec.site} refuses the {purpose} sum of round {self._attempt.round}: its {key} is "
-                    f"{value}, the driver's {theirs}. Start driver and sites with the same configuration and code"
+                    f"site {self.spec.site} refuses the {self._task.purpose} sum of round {self._attempt.round}: its "
+                    f"{key} is {value}, the driver's {theirs}. Start all with the same configuration and code"
                 )
         if self.spec.federation.secure_sum == "plain":
             return b""
@@ -159,18 +161,23 @@ class FederatedSite:
         """Contributes the number of this site's training slices."""
         return self._contribute(delivered, {"slices": float(len(self._site.learner.dataset))})
 
-    def fit(self, delivered: bytes, state: bytes | None, total_slices: float) -> bytes:
+    def fit(self, delivered: bytes, state: bytes | None) -> bytes:
         """Trains from the global state; contributes the weighted update, the weight and the weighted loss."""
         spec = self.spec
         accepted = self._accept(state)
         fit = self._site.learner.fit(accepted, self._current().round, spec.federation.rounds, spec.seed)
-        weight = fit.slices / total_slices
+        if self._task.total_slices is None:
+            raise RoundError(f"site {spec.site} was asked to train, but the sum is about {self._task.purpose}")
+        weight = fit.slices / self._task.total_slices
         return self._contribute(delivered, {"update": fit.update * weight, "weight": weight, "loss": fit.loss * weight})
 
-    def score(self, delivered: bytes, state: bytes | None, split: Literal["val", "test"]) -> bytes:
-        """Segments the site's cases of a split with the global state; contributes Dice sums and counts per class."""
+    def score(self, delivered: bytes, state: bytes | None) -> bytes:
+        """Segments the cases of the task's split with the global state; contributes Dice sums and counts per class."""
+        self._scored = []
+        if self._task.split is None:
+            raise RoundError(f"site {self.spec.site} was asked to score, but the sum is about {self._task.purpose}")
         load_shared_state(self._site.learner.segmenter, self._site.manifest, self._accept(state))
-        self._scored = [self._segment(prepared) for prepared in self._cases(split)]
+        self._scored = [self._segment(prepared) for prepared in self._cases(self._task.split)]
         totals, counts = dice_sums([score for score, _ in self._scored], len(self._site.classes))
         return self._contribute(delivered, {"dice": totals, "cases": counts})
 
@@ -190,13 +197,17 @@ class FederatedSite:
         """What the configuration lets this site tell in the open about its last scoring.
 
         Returns:
-            "scores": fields of a `CaseScore` per case, empty unless `federation.share_site_scores`;
+            "summary": means over the site's cases by class, and their number; None unless
+                `federation.share_site_scores`. No case, and no volume of a structure, is told apart.
             "picture": PNG bytes of the median case, None unless asked for and `federation.share_pictures`.
         """
         allowed = self.spec.federation
-        rows = [asdict(score) for score, _ in self._scored] if allowed.share_site_scores else []
+        summary = None
+        if allowed.share_site_scores and self._scored:
+            groups = summarize([score for score, _ in self._scored], self._site.classes)["per_site"]
+            summary = groups[self.spec.site]
         png = self._picture() if picture and allowed.share_pictures and self._scored else None
-        return {"scores": rows, "picture": png}
+        return {"summary": summary, "picture": png}
 
     @property
     def _site(self) -> OpenSite:
@@ -231,8 +242,16 @@ class FederatedSite:
     def _contribute(self, delivered: bytes, values: Mapping[str, Array | float]) -> bytes:
         attempt, layout = self._current(), self._layout
         assert layout is not None  # set with the attempt
-        seed = derive_seed(self.spec.seed, "rounding", layout.hash, attempt.round, attempt.attempt, self.spec.site)
-        vector = encode(layout, values, seed)
+        # Not of the attempt: a repeated attempt of a round gives the same bits.
+        seed = derive_seed(self.spec.seed, "rounding", layout.hash, attempt.round, self.spec.site)
+        try:
+            vector = encode(layout, values, seed)
+        except SecureSumError as error:
+            raise RoundError(
+                f"site {self.spec.site} sends nothing in round {attempt.round}: {error}. Where the update is too "
+                "large, lower learning.learning_rate or raise federation.update_clip "
+                f"({self.spec.federation.update_clip:g})"
+            ) from error
         if self.spec.federation.secure_sum == "plain":
             return plain_input(attempt, self.spec.site, self._identity, vector)
         return self._running().masked_input(delivered, vector)
@@ -258,5 +277,6 @@ class FederatedSite:
         score, prediction = ranked[(len(ranked) - 1) // 2]
         with TemporaryDirectory() as folder:
             path = Path(folder) / "overlay.png"
-            overlay(self._site.prepared.cohort, score, prediction, path)
+            caption = f"{self.spec.site} · a {score.split} case"  # its name stays at the site
+            overlay(self._site.prepared.cohort, score, prediction, path, caption=caption)
             return path.read_bytes()

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedsam_core.errors import CheckpointError
+from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import ParameterManifest
 
 Array = np.ndarray[Any, Any]
@@ -42,4 +44,16 @@ def state_hash(manifest: ParameterManifest, state: Mapping[str, Array]) -> str:
     """SHA-256 (hex) over the layout hash and the float32 values in entry order: equal only for bit-equal states."""
     digest = hashlib.sha256(manifest.layout_hash.encode())
     digest.update(np.ascontiguousarray(manifest.flatten(state)).tobytes())
+    return digest.hexdigest()
+
+
+def weights_hash(segmenter: SamSegmenter, manifest: ParameterManifest) -> str:
+    """SHA-256 (hex) over the weights that nobody trains: a mean makes sense only over adapters of one backbone."""
+    trained = {entry.name for entry in (*manifest.shared, *manifest.local)}
+    digest = hashlib.sha256()
+    for name, value in segmenter.state_dict().items():
+        canonical = name.replace(".base_layer.", ".").replace(".default.", ".")
+        if canonical not in trained:
+            digest.update(canonical.encode())
+            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -6,14 +6,14 @@ enough of them remain.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fedsam_core.errors import RoundError, SecureSumError
 from fedsam_core.federation.engine import Engine
-from fedsam_core.federation.lanes import Purpose, attempt_to_json
+from fedsam_core.federation.lanes import Task, attempt_to_json
 from fedsam_core.federation.ledger import Ledger
 from fedsam_core.secagg.aggregator import AggregatorSession
 from fedsam_core.secagg.attempt import Attempt
@@ -28,13 +28,11 @@ class Contribution:
 
     Attributes:
         method: the site's method.
-        keywords: what it takes beside `delivered`, the same for all sites.
         state: the packed global state, None where none is needed.
         holders: sites that hold this state already and are not sent it again.
     """
 
     method: str
-    keywords: Mapping[str, Any] = field(default_factory=dict)
     state: bytes | None = None
     holders: frozenset[str] = frozenset()
 
@@ -57,18 +55,18 @@ class Total:
 class Relay:
     """Asks the sites that are still present for one stage of one sum after the other."""
 
-    def __init__(self, engine: Engine, attempt: Attempt, purpose: Purpose, ledger: Ledger, deadline: float) -> None:
+    def __init__(self, engine: Engine, attempt: Attempt, task: Task, ledger: Ledger, deadline: float) -> None:
         self.lost: dict[str, str] = {}
         self._engine = engine
         self._attempt = attempt
-        self._purpose = purpose
+        self._task = task
         self._ledger = ledger
         self._deadline = deadline
 
     def announce(self, receive: Callable[[str, bytes], None]) -> None:
         """The first stage: what the sum is about."""
         message = attempt_to_json(self._attempt)
-        keywords = {"attempt": message, "purpose": self._purpose}
+        keywords = {"attempt": message, "task": self._task.model_dump()}
         sites = self._attempt.sites
         self._stage("advertise", dict.fromkeys(sites, keywords), dict.fromkeys(sites, len(message)), receive)
 
@@ -83,7 +81,7 @@ class Relay:
     ) -> None:
         """The stage in which sites contribute; each gets its own delivery, and the global state if it needs it."""
         present = [site for site in deliveries if site not in self.lost]
-        args: dict[str, dict[str, Any]] = {site: {"delivered": deliveries[site], **how.keywords} for site in present}
+        args: dict[str, dict[str, Any]] = {site: {"delivered": deliveries[site]} for site in present}
         sizes = {site: len(deliveries[site]) for site in present}
         if how.state is not None:
             shared = self._engine.share(how.state)
@@ -99,7 +97,7 @@ class Relay:
         sizes: Mapping[str, int],
         receive: Callable[[str, bytes], None],
     ) -> None:
-        purpose = f"{self._purpose}/{method}"
+        purpose = f"{self._task.purpose}/{method}"
         replies, missing = self._engine.call(method, args, self._deadline)
         self.lost.update(missing)
         for site in sorted(args):

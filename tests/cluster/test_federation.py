@@ -36,7 +36,8 @@ def test_engines_agree_bit_for_bit_and_runs_repeat(ray_cluster: tuple[str, ...],
             engine.close()
         assert [report.state_hash for report in across] == [report.state_hash for report in inside]
         assert all((remote_state[name] == value).all() for name, value in state.items())
-        assert remote_scores.cases == scores.cases
+        assert remote_scores.by_site == scores.by_site
+        assert remote_scores.dice == scores.dice
         assert [report.bytes_up for report in across] == [report.bytes_up for report in inside]
 
 

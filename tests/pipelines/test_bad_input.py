@@ -78,11 +78,17 @@ def test_a_site_without_a_training_case(stage: Stage, cohort_folder: Path, tmp_p
         ("selection=flip", ("flip", "flap")),
         ("cohort.source=kits", ("cohort.source", "kits")),
         ("rounds", ("rounds", "key=value")),
+        ("selection={name: mine, train: [head]}", ("rank", "null", "selection.lora.rank")),
     ],
 )
 def test_a_wrong_setting(stage: Stage, tmp_path: Path, override: str, words: tuple[str, ...]) -> None:
     refused(stage("federate", override), *words)
     assert not (tmp_path / "work" / "runs").exists()
+
+
+def test_groups_that_stay_at_the_site_are_refused_for_now(stage: Stage) -> None:
+    ended = stage("federate", "rank=null", "selection={name: mine, train: [head], local: [encoder.norms]}")
+    refused(ended, "encoder.norms", "at the site")
 
 
 def test_a_checkpoint_for_another_backbone(stage: Stage, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_committed_experiments_survive_the_way_to_a_job(name: str) -> None:
 
 def test_a_written_selection_survives_too() -> None:
     text = "selection={name: mine, lora: {encoder: [q, v], rank: 2, block_ranks: {3: 4}}, train: [head]}"
-    config = load_config("demo", [text])
+    config = load_config("demo", [text, "rank=null"])
     assert config.layers.name == "mine"
     assert config.layers.lora is not None
     assert config.layers.lora.block_ranks == {3: 4}

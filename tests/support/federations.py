@@ -11,6 +11,7 @@ from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.rounds import Federation, RoundReport, Scores, State, run_rounds
 from fedsam_core.federation.site import SiteSpec
+from fedsam_core.federation.state import weights_hash
 from fedsam_core.hashing import derive_seed
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.sam.adapters import adapt, shared_state
@@ -51,7 +52,8 @@ def small_federation(engine: Engine, spec: SiteSpec, classes: int = 2) -> tuple[
     """A federation with open sites, and the state it starts from."""
     segmenter = build_segmenter(spec.model, classes, spec.selection, seed=derive_seed(SEED, "model"))
     manifest = adapt(segmenter, spec.selection)
-    federation = Federation(engine, manifest, classes, RUN, CONFIG_HASH, spec.federation)
+    frozen = weights_hash(segmenter, manifest)
+    federation = Federation(engine, manifest, classes, RUN, CONFIG_HASH, spec.federation, frozen)
     federation.open()
     return federation, shared_state(segmenter, manifest)
 

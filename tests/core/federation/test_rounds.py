@@ -1,10 +1,11 @@
 """Rounds on the in-process engine: repeatable, exact, and silent about each site."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.federations import run_small, small_federation, small_specs
+from support.federations import run_small, small_cohort, small_federation, small_specs
 
 from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import RoundError
@@ -13,6 +14,7 @@ from fedsam_core.federation.lanes import layout_of
 from fedsam_core.federation.rounds import run_rounds
 from fedsam_core.federation.site import FederatedSite
 from fedsam_core.learning.learner import Fit, Learner
+from fedsam_core.secagg.quantize import encode
 
 
 class Recording:
@@ -83,47 +85,68 @@ def test_the_new_state_is_the_weighted_mean_of_the_updates(prepared: PreparedCoh
     assert total.lanes["loss"][0] / total.lanes["weight"][0] == pytest.approx(loss, abs=1e-5)
 
 
-def test_no_message_to_the_driver_shows_a_sites_update_weight_or_loss(
-    prepared: PreparedCohort, fits: dict[str, Fit]
-) -> None:
-    specs = small_specs(prepared)
+def shows(message: bytes, vector: np.ndarray) -> bool:
+    """Whether a part of a quantized vector stands in a message: eight bytes of it, in either byte order.
+
+    Every value of a short vector and of the last lanes (weight, loss) is looked for, of a long one every 500th.
+    """
+    places = range(vector.size - 1) if vector.size < 100 else [*range(0, vector.size - 3, 500), vector.size - 2]
+    parts = [vector[at : at + 2] for at in places] if vector.size > 1 else [vector]
+    return any(part.astype(order).tobytes() in message for part in parts if part.any() for order in ("<u4", ">u4"))
+
+
+def contributions(prepared: PreparedCohort, monkeypatch: pytest.MonkeyPatch, secure_sum: str) -> list[Any]:
+    """All sums of a short run: (method, site, every message of that site in that sum, its vector before masking)."""
+    vectors: list[np.ndarray] = []
+
+    def remember(*args: Any) -> np.ndarray:
+        vectors.append(encode(*args))
+        return vectors[-1].copy()
+
+    monkeypatch.setattr("fedsam_core.federation.site.encode", remember)
+    specs = small_specs(prepared, secure_sum=secure_sum)
     engine = Recording(in_process(specs, FederatedSite))
     federation, state = small_federation(engine, specs[0])
-    slices = federation.total_slices()
-    engine.replies.clear()
-    federation.train(state, 1, slices)
-
-    assert {method for method, _, _ in engine.replies} == {"advertise", "share", "fit", "confirm", "unmask"}
-    assert all(isinstance(reply, bytes) for _, _, reply in engine.replies)  # no dictionary, number or array beside them
-    layout = layout_of("update", 3, federation.manifest.shared_size, 2, specs[0].federation.update_clip)
-    scale = layout.levels / layout.lane("update").limit
-    vectors: dict[str, np.ndarray] = {}
+    state, _ = federation.train(state, 1, federation.total_slices())
+    federation.score(state, "test", 1, pictures=True)
+    found, messages = [], {site: [] for site in engine.sites}
     for method, site, reply in engine.replies:
-        fit = fits[site]
-        weighted = fit.update * (fit.slices / slices)
-        # Eight bytes and more, because four of them turn up by chance in messages of megabytes.
-        numbers = np.array([fit.loss, fit.slices / slices, fit.slices, fit.loss * fit.slices / slices], np.float64)
-        patterns = [number.tobytes() for number in numbers] + [
-            values[at : at + 2].astype(kind).tobytes()
-            for values in (fit.update, weighted)
-            for kind in (np.float32, np.float64)
-            for at in range(0, 200, 2)
-            if values[at : at + 2].all()
-        ]
-        assert len(patterns) > 100
-        for pattern in patterns:
-            assert pattern not in reply, f"{method} of {site} shows {pattern.hex()}"
+        if method == "advertise":
+            messages[site] = []  # a new sum begins
+        if method in ("open", "enroll", "disclose"):
+            continue
+        assert isinstance(reply, bytes)  # no dictionary, number or array beside the messages
+        messages[site].append(reply)
+        if method in ("weigh", "fit", "score"):
+            found.append((method, site, messages[site], vectors[len(found)]))
+    assert len(found) == len(vectors) == 9
+    told = [reply for method, _, reply in engine.replies if method == "disclose"]
+    assert all(set(reply) == {"summary", "picture"} for reply in told)
+    assert not [case.id for case in prepared.cohort.cases if case.id in repr([reply["summary"] for reply in told])]
+    return found
+
+
+def test_no_message_to_the_driver_shows_a_sites_update_weight_or_loss(
+    prepared: PreparedCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method, site, messages, vector in contributions(prepared, monkeypatch, "masked"):
+        for message in messages:
+            assert not shows(message, vector), f"{method} of {site}"
         if method == "fit":
-            words = np.frombuffer(reply[len(reply) - len(reply) % 4 - 4 * layout.size :][: 4 * layout.size], np.uint32)
-            vectors[site] = words
-            quantized = np.round(weighted * scale).astype(np.int64).astype(np.uint32)
-            window = words[: quantized.size]
-            # A masked vector is uniform: it neither equals the quantized update nor follows it.
-            assert (window == quantized).mean() < 0.001
-            assert abs(np.corrcoef(window.astype(np.float64), weighted)[0, 1]) < 0.05
+            masked = max(messages, key=len)
+            words = np.frombuffer(masked[-64 - 4 * vector.size : -64], "<u4")  # before the signature
+            assert (words == vector).mean() < 0.001
+            assert abs(np.corrcoef(words.astype(np.float64), vector.view(np.int32))[0, 1]) < 0.02
             histogram, _ = np.histogram(words, bins=16, range=(0, 2**32))
             assert ((histogram - words.size / 16) ** 2 / (words.size / 16)).sum() < 60  # chi-square, 15 degrees
-    assert len(vectors) == 3
+
+
+def test_the_plain_sum_shows_them_so_the_test_above_can_fail(
+    prepared: PreparedCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method, site, messages, vector in contributions(prepared, monkeypatch, "plain"):
+        assert shows(messages[-1], vector), f"{method} of {site}"
+        assert shows(messages[-1], vector[-2:])  # weight and loss, or the last class
 
 
 def test_ledger_counts_the_serialized_messages(prepared: PreparedCohort) -> None:
@@ -153,9 +176,11 @@ def test_scores_are_the_pooled_mean_of_what_sites_disclose(prepared: PreparedCoh
     specs = small_specs(prepared)
     federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
     scores = federation.score(state, "test", 0, pictures=True)
-    table = np.array([case.dice for case in scores.cases])
-    np.testing.assert_allclose(scores.dice, np.nanmean(table, axis=0), atol=1e-4)
-    assert {case.site for case in scores.cases} == set(prepared.cohort.sites)
+    assert set(scores.by_site) == set(prepared.cohort.sites)
+    assert all(group["cases"] == 1 for group in scores.by_site.values())
+    for at, name in enumerate(prepared.cohort.classes):
+        told = [group["per_class"][name]["dice"] for group in scores.by_site.values()]
+        assert scores.dice[at] == pytest.approx(np.mean([dice for dice in told if dice is not None]), abs=1e-4)
     assert all(png.startswith(b"\x89PNG") for png in scores.pictures.values())
 
 
@@ -163,7 +188,7 @@ def test_sites_disclose_nothing_where_they_may_not(prepared: PreparedCohort) -> 
     specs = small_specs(prepared, share_site_scores=False, share_pictures=False)
     federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
     scores = federation.score(state, "test", 0, pictures=True)
-    assert scores.cases == []
+    assert scores.by_site == {}
     assert scores.pictures == {}
     assert not np.isnan(scores.mean_dice)  # the masked sum is still there
 
@@ -195,3 +220,42 @@ def test_an_update_over_the_clip_is_refused_not_saturated(prepared: PreparedCoho
     federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
     with pytest.raises(RoundError, match=r"lane 'update' holds .* over its clip"):
         run_rounds(federation, state, lambda *_: None)
+
+
+def test_a_restarted_site_is_back_in_the_next_round(tmp_path: Path) -> None:
+    prepared = small_cohort(tmp_path, sites=4)
+    specs = small_specs(prepared)
+    engine = in_process(specs, FederatedSite)
+    federation, state = small_federation(engine, specs[0])
+    slices = federation.total_slices()
+    engine._sites["site-b"] = FederatedSite(specs[1])  # its memory is gone, as after a crash
+    state, total = federation.train(state, 1, slices)
+    assert total.contributors == ("site-a", "site-c", "site-d")
+    assert total.lost == {"site-b": "site site-b is not open (it may have been restarted)"}
+    _, total = federation.train(state, 2, slices)
+    assert total.contributors == ("site-a", "site-b", "site-c", "site-d")
+
+
+def test_sites_told_different_tasks_refuse_each_other(prepared: PreparedCohort) -> None:
+    """A driver that tells the others an absurd total would have one site's update alone in the sum."""
+    specs = small_specs(prepared)
+
+    class Lying(Recording):
+        def call(self, method: str, args: Any, deadline: float) -> Any:
+            if method == "advertise" and args["site-b"]["task"]["total_slices"]:
+                args = {site: dict(own) for site, own in args.items()}
+                for site in ("site-b", "site-c"):
+                    args[site]["task"] = {**args[site]["task"], "total_slices": 1e15}
+            return super().call(method, args, deadline)
+
+    federation, state = small_federation(Lying(in_process(specs, FederatedSite)), specs[0])
+    slices = federation.total_slices()
+    with pytest.raises(RoundError, match="site-b refuses the update sum of round 1: its layout_hash is"):
+        federation.train(state, 1, slices)
+
+
+def test_a_site_with_another_backbone_is_refused(prepared: PreparedCohort) -> None:
+    specs = small_specs(prepared)
+    specs[2] = specs[2].model_copy(update={"seed": 99})
+    with pytest.raises(RoundError, match="site-c adapts another model than the driver"):
+        small_federation(in_process(specs, FederatedSite), specs[0])
