@@ -169,7 +169,11 @@ def _client(address: str | None) -> JobSubmissionClient:
     """
     address = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS).rstrip("/")
     parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        usable = parts.scheme in ("http", "https") and bool(parts.netloc) and parts.port != 0
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable:
         raise ClusterError(f"{address} is no address of a cluster's jobs API: write it like {DEFAULT_ADDRESS}")
     # Ray reads these variables once, when it is imported; a header works at any time.
     token = os.environ.get("RAY_AUTH_TOKEN") if os.environ.get("RAY_AUTH_MODE") == "token" else None

@@ -114,7 +114,7 @@ def load_config(source: str | None, overrides: list[str] | None = None) -> Confi
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e, source) for e in error.errors())) from error
+        raise ConfigError("; ".join(explain(e, source) for e in error.errors())) from error
     _ = config.layers  # a preset that does not exist is an error now, not after hours of preparing
     return config
 
@@ -214,7 +214,8 @@ def _absolute_paths(tree: dict[str, Any]) -> None:
             tracking["artifact_root"] = os.path.abspath(os.path.expanduser(root))
 
 
-def _explain(error: Any, source: str | None) -> str:
+def explain(error: Any, source: str | None) -> str:
+    """One of pydantic's errors in a line that names the key, what is wrong with it, and where it was given."""
     place = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "LayerSelection", "str"))]
     key = ".".join(place)
     where = f" (in {source})" if source else ""

@@ -6,9 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
+from fedsam_core.errors import ConfigError
 from fedsam_core.sam.backbones import ModelConfig, manifest_for
 from fedsam_core.selection import PRESETS, preset
 from pipelines import console
+from pipelines.config import explain
 from pipelines.stage import guarded
 
 
@@ -30,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def rows(backbone: str, image_size: int, classes: int, rank: int) -> list[dict[str, Any]]:
     """A row a preset: parameters, bytes measured in fp32, and the paper's convention."""
-    model = ModelConfig.model_validate({"backbone": backbone, "image_size": image_size})
+    try:
+        model = ModelConfig.model_validate({"backbone": backbone, "image_size": image_size})
+    except ValidationError as error:
+        raise ConfigError("; ".join(explain(e, None) for e in error.errors())) from error
     manifests = {name: manifest_for(model, classes, preset(name, rank)) for name in PRESETS}
     full = manifests["full"].bytes_per_site_round
     return [

@@ -62,8 +62,8 @@ class PreprocessConfig(Settings):
             raise ValueError("ct_window must be (low, high) with low < high, like [-160, 240]")
         if not 0 <= self.mri_percentiles[0] < self.mri_percentiles[1] <= 100:
             raise ValueError("mri_percentiles must be (low, high) with 0 <= low < high <= 100, like [0.5, 99.5]")
-        if self.spacing is not None and any(size is not None and size <= 0 for size in self.spacing):
-            raise ValueError("spacing must be above 0 mm")
+        if self.spacing is not None and any(size is not None and not 0.01 <= size <= 100 for size in self.spacing):
+            raise ValueError("spacing is in mm: between 0.01 and 100")
         return self
 
     def resolve(self, cohort: Cohort) -> Self:

@@ -11,6 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel.wrapstruct import WrapStructError
 
 from fedsam_core.errors import DataError
 
@@ -148,7 +149,15 @@ def _read_nifti(path: Path) -> Volume:
                 "point that you mean"
             )
         voxels = np.asanyarray(nifti.dataobj)
-    except (EOFError, OSError, zlib.error, ValueError, KeyError, nib.filebasedimages.ImageFileError) as error:
+    except (
+        EOFError,
+        OSError,
+        zlib.error,
+        ValueError,
+        KeyError,
+        nib.filebasedimages.ImageFileError,
+        WrapStructError,
+    ) as error:
         raise DataError(f"{path}: truncated or not a NIfTI file; copy or download it again") from error
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: voxels of type {voxels.dtype}, not numbers; write the scan as integers or floats")

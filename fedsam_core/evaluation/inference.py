@@ -14,6 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.wrapstruct import WrapStructError
 
 from fedsam_core.data.cohort import Case
 from fedsam_core.data.files import write_atomic
@@ -121,7 +122,7 @@ def save_segmentation(label_map: Array, case: Case, path: Path) -> None:
         raise DataError(f"{path}: a segmentation is written as NIfTI; name it .nii.gz or .nii")
     try:
         scan = nib.load(case.image)
-    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, WrapStructError) as error:
         raise DataError(f"{case.image}: cannot read the scan whose header the mask is to have; restore it") from error
     if not isinstance(scan, nib.Nifti1Image):  # NIfTI-2 is a kind of it
         raise DataError(f"{case.image}: not a NIfTI file; prepare the cohort from NIfTI scans")

@@ -21,6 +21,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.metrics.meandice import compute_dice
+from nibabel.wrapstruct import WrapStructError
 
 from fedsam_core.data.cohort import Case
 from fedsam_core.errors import DataError
@@ -126,7 +127,7 @@ def truth_on_scan_grid(case: Case) -> Labels:
     path = Path(case.label)
     try:
         values: Array = np.asanyarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError, WrapStructError) as error:
         raise DataError(f"{path}: cannot read the mask: missing, truncated or no NIfTI file; restore it") from error
     if values.shape != case.shape:
         raise DataError(

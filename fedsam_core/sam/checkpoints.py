@@ -107,7 +107,9 @@ def read_official(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise CheckpointError(f"{path} is truncated or not a checkpoint ({reason}): download it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         inside = ", ".join(map(str, list(state)[:4])) if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path} holds {inside}, not the parameters of SAM: save the state dict alone")
     if _POS_EMBED not in state:

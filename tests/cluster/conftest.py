@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_process.secret_key)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     return s3_process
+
+
+@pytest.fixture(scope="session")
+def heed_interrupts() -> Callable[[], None]:
+    """For `preexec_fn`: the child heeds SIGINT even where the tests run in a shell's background, which ignores it."""
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return heed
 
 
 def free_ports(count: int) -> list[int]:

@@ -121,10 +121,12 @@ drive(run, lambda event: print("pids", *event, flush=True))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_driver_and_sites_end_with_the_entry_point(ray_cluster, how):
+def test_driver_and_sites_end_with_the_entry_point(ray_cluster, how, heed_interrupts):
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-c", ENTRY_POINT, address]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=heed_interrupts
+    )
     try:
         line = next(line for line in process.stdout if line.startswith("pids"))
         pids = [int(pid) for pid in line.split()[1:]]

@@ -79,10 +79,14 @@ def test_the_project_is_sent_to_the_cluster_and_the_jobs_status_comes_back(addre
     assert "ours True False False" in text
 
 
-def test_ctrl_c_while_following_stops_the_job_and_says_so(address):
+def test_ctrl_c_while_following_stops_the_job_and_says_so(address, heed_interrupts):
     code = "import time, os; print('pid', os.getpid(), flush=True); time.sleep(300)"
     follower = subprocess.Popen(
-        [sys.executable, "-c", FOLLOW, address, python(code)], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+        [sys.executable, "-c", FOLLOW, address, python(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+        preexec_fn=heed_interrupts,
     )
     try:
         lines = []

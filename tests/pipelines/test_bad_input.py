@@ -1,5 +1,6 @@
 """Bad input ends with one line that names the thing and the fix, a status that is not 0, and nothing half-written."""
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def test_a_truncated_scan(stage: Stage, cohort_folder: Path, tmp_path: Path) -> 
     nothing_written(tmp_path / "work")
 
 
+@pytest.mark.parametrize("length", [0, 200])
+def test_a_scan_that_ends_in_its_header(stage: Stage, cohort_folder: Path, length: int) -> None:
+    path = cohort_folder / "imagesTr" / "south_2.nii.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:length]))
+    refused(stage("prepare"), str(path))
+
+
 def test_a_mask_of_another_shape(stage: Stage, cohort_folder: Path, tmp_path: Path) -> None:
     spoil_label(cohort_folder, "west_1", lambda label: label[:, :, :-1])
     refused(stage("prepare"), "west_1.nii.gz", "(20, 22, 5)", "(20, 22, 6)")
@@ -78,6 +86,8 @@ def test_a_site_without_a_training_case(stage: Stage, cohort_folder: Path, tmp_p
         ("selection=flip", ("flip", "flap")),
         ("cohort.source=kits", ("cohort.source", "kits")),
         ("rounds", ("rounds", "key=value")),
+        ("learning.learning_rate=.inf", ("learning.learning_rate", "finite")),
+        ("preprocess.spacing=[1.0e-9, 1, 1]", ("preprocess", "spacing", "0.01")),
         ("selection={name: mine, train: [head]}", ("rank", "null", "selection.lora.rank")),
     ],
 )
