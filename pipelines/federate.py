@@ -260,7 +260,8 @@ def _ray() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     _require_answer(address)
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        # Never "whatever cluster runs on this machine": it may be somebody else's.
+        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {reason}") from error

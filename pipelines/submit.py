@@ -43,6 +43,8 @@ def submit(stage: str, config: Config, address: str | None) -> None:
     """
     job = jobs.submit(address, entrypoint(stage, config), working_dir(), env_vars={})
     status = jobs.follow(address, job)
+    if status == jobs.STOPPED:
+        raise KeyboardInterrupt
     if status != 0:
         raise ClusterError(f"job {job} ended with status {status}: its log is above")
 

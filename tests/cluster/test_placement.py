@@ -1,9 +1,13 @@
 """Placement is a pure function: a table of clusters, and what each site gets there."""
 
+from functools import partial
+
 import pytest
 
 from cluster.placement import ActorOptions, Node, SiteNeeds, plan, preflight, site_resource
 from fedsam_core.errors import ClusterError
+
+needs_of = partial(SiteNeeds, cpus=1)
 
 LAPTOP = (Node("laptop", cpus=4),)
 WORKSTATION = (Node("ws", cpus=16, gpus=2),)
@@ -17,13 +21,13 @@ HOSPITALS = (
 @pytest.mark.parametrize(
     ("nodes", "needs", "expected"),
     [
-        (LAPTOP, SiteNeeds(), {"A": (1, 0, {}), "B": (1, 0, {})}),
-        (WORKSTATION, SiteNeeds(cpus=4), {"A": (4, 1, {}), "B": (4, 1, {})}),
-        (WORKSTATION, SiteNeeds(gpus=0.5), {"A": (1, 0.5, {}), "B": (1, 0.5, {})}),
-        (WORKSTATION, SiteNeeds(gpus=0), {"A": (1, 0, {}), "B": (1, 0, {})}),
+        (LAPTOP, needs_of(), {"A": (1, 0, {}), "B": (1, 0, {})}),
+        (WORKSTATION, needs_of(cpus=4), {"A": (4, 1, {}), "B": (4, 1, {})}),
+        (WORKSTATION, needs_of(gpus=0.5), {"A": (1, 0.5, {}), "B": (1, 0.5, {})}),
+        (WORKSTATION, needs_of(gpus=0), {"A": (1, 0, {}), "B": (1, 0, {})}),
         # Pinned: a site has a GPU only if its own node has one.
-        (HOSPITALS, SiteNeeds(), {"A": (1, 1, {"site_A": 0.001}), "B": (1, 0, {"site_B": 0.001})}),
-        (HOSPITALS, SiteNeeds(pin="never", gpus=0), {"A": (1, 0, {}), "B": (1, 0, {})}),
+        (HOSPITALS, needs_of(), {"A": (1, 1, {"site_A": 0.001}), "B": (1, 0, {"site_B": 0.001})}),
+        (HOSPITALS, needs_of(pin="never", gpus=0), {"A": (1, 0, {}), "B": (1, 0, {})}),
     ],
 )
 def test_plan(nodes, needs, expected):
@@ -36,18 +40,18 @@ def test_plan(nodes, needs, expected):
 @pytest.mark.parametrize(
     ("nodes", "needs", "says"),
     [
-        ((), SiteNeeds(), ["no living node", "ray start --head"]),
+        ((), needs_of(), ["no living node", "ray start --head"]),
         # 4 CPUs hold one site of 3 CPUs, not two.
-        (LAPTOP, SiteNeeds(cpus=3), ["site B needs 3 CPU", "laptop 1 of 4 CPU", "lower cpus"]),
-        (LAPTOP, SiteNeeds(gpus=1), ["site A needs", "site B needs", "0 of 0 GPU", "lower gpus"]),
-        ((Node("two", 8, 1),), SiteNeeds(gpus=0.6), ["site B needs 1 CPU and 0.6 GPU", "lower gpus"]),
-        ((Node("one", 8, 1),), SiteNeeds(), ["site B needs", "0 of 1 GPU", "fraction"]),
+        (LAPTOP, needs_of(cpus=3), ["site B needs 3 CPU", "laptop 1 of 4 CPU", "lower cpus"]),
+        (LAPTOP, needs_of(gpus=1), ["site A needs", "site B needs", "0 of 0 GPU", "lower gpus"]),
+        ((Node("two", 8, 1),), needs_of(gpus=0.6), ["site B needs 1 CPU and 0.6 GPU", "lower gpus"]),
+        ((Node("one", 8, 1),), needs_of(), ["site B needs", "0 of 1 GPU", "fraction"]),
         # CPUs here and GPUs there do not help a single actor.
-        ((Node("c", 8, 0), Node("g", 0, 2)), SiteNeeds(), ["site A needs 1 CPU and 1 GPU on one node"]),
-        (LAPTOP, SiteNeeds(pin="always"), ["site A needs the resource site_A", "site_B", "no site_* resource"]),
+        ((Node("c", 8, 0), Node("g", 0, 2)), needs_of(), ["site A needs 1 CPU and 1 GPU on one node"]),
+        (LAPTOP, needs_of(pin="always"), ["site A needs the resource site_A", "site_B", "no site_* resource"]),
         # Site B must not land on the node of site A because its own is away.
-        (HOSPITALS[:2], SiteNeeds(), ["site B needs the resource site_B", "the cluster has site_A", "--resources"]),
-        (HOSPITALS, SiteNeeds(gpus=1), ["site B needs 1 CPU and 1 GPU", "its nodes", "b 4 of 4 CPU and 0 of 0 GPU"]),
+        (HOSPITALS[:2], needs_of(), ["site B needs the resource site_B", "the cluster has site_A", "--resources"]),
+        (HOSPITALS, needs_of(gpus=1), ["site B needs 1 CPU and 1 GPU", "its nodes", "b 4 of 4 CPU and 0 of 0 GPU"]),
     ],
 )
 def test_preflight_names_what_is_missing(nodes, needs, says):
@@ -61,20 +65,20 @@ def test_preflight_names_what_is_missing(nodes, needs, says):
 
 def test_preflight_names_every_site_that_does_not_fit():
     with pytest.raises(ClusterError) as caught:
-        preflight(["A", "B", "C", "D"], HOSPITALS, SiteNeeds())
+        preflight(["A", "B", "C", "D"], HOSPITALS, needs_of())
     assert "site_C" in str(caught.value)
     assert "site_D" in str(caught.value)
 
 
 def test_a_share_of_a_gpu_does_not_spread_over_two():
     nodes = (Node("ws", cpus=16, gpus=2),)
-    preflight("ABCD", nodes, SiteNeeds(gpus=0.5))
-    preflight("ABCDEFGHIJ", nodes, SiteNeeds(gpus=0.2))
-    preflight("AB", nodes, SiteNeeds(gpus=0.6))
+    preflight("ABCD", nodes, needs_of(gpus=0.5))
+    preflight("ABCDEFGHIJ", nodes, needs_of(gpus=0.2))
+    preflight("AB", nodes, needs_of(gpus=0.6))
     with pytest.raises(ClusterError, match=r"site C needs 1 CPU and 0\.6 GPU"):
-        preflight("ABC", nodes, SiteNeeds(gpus=0.6))
+        preflight("ABC", nodes, needs_of(gpus=0.6))
     with pytest.raises(ValueError, match="whole number"):
-        SiteNeeds(gpus=1.5)
+        needs_of(gpus=1.5)
 
 
 def test_a_site_id_stands_in_the_resource_as_it_is():
