@@ -111,11 +111,8 @@ def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
 
         try:
             result: Outcome = drive(partial(run_federation, config, about, partial(_ray_engine, config)), look_on)
-        except (
-            KeyboardInterrupt,
-            SystemExit,
-            ClusterError,
-        ) as error:  # the driver is gone and cannot close its MLflow run itself
+        except (KeyboardInterrupt, SystemExit, ClusterError) as error:
+            # The driver is gone and cannot close its MLflow run itself.
             for run_id in tracked:
                 Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
             raise

@@ -88,7 +88,7 @@ class Federation:
         config: FederationConfig,
         weights: str,
     ) -> None:
-        """`weights` is the driver's own `weights_hash`; what the others are is said in `pipelines.federate`."""
+        """`weights` is the driver's own `weights_hash`, which every site's must equal."""
         self.engine = engine
         self.manifest = manifest
         self.classes = classes
