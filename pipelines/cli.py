@@ -11,7 +11,9 @@ COMMANDS = {
     "prepare": "read and check every scan, and store it ready for training",
     "federate": "train adapter layers across sites; only the masked sum is opened",
     "evaluate": "segment and score a cohort with a trained adapter",
+    "verify": "replay the record of a run: signatures, survivors, sums, global states",
     "submit": "run a stage as a job on a Ray cluster",
+    "keys": "make a site's identity, and see whom a roster trusts",
 }
 
 

@@ -91,9 +91,16 @@ _SCIENCE: Any = {
     "model": True,
     "slices": True,
     "learning": True,
-    "federation": {"rounds", "update_clip"},  # the rest changes who waits for whom and who sees what
+    "federation": {
+        "rounds",
+        "bits",
+        "update_clip",
+        "clip_quantile",
+        "clip_headroom",
+        "min_contributors",
+    },  # the rest changes who waits for whom and who sees what
 }
-_PATHS = ("cohort.path", "cohort.sites_csv", "model.checkpoint", "evaluation.adapter")
+_PATHS = ("cohort.path", "cohort.sites_csv", "model.checkpoint", "evaluation.adapter", "federation.roster")
 
 
 def load_config(source: str | None, overrides: list[str] | None = None) -> Config:

@@ -31,6 +31,7 @@ from fedsam_core.sam.adapters import adapt, shared_state
 from fedsam_core.sam.backbones import build_segmenter
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
+from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.config import Config, flatten
@@ -81,6 +82,7 @@ def check(config: Config) -> None:
     checkpoint = config.model.checkpoint
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
+    roster_tag(config)  # a roster that cannot be read
     Tracking(config.tracking, config.work_dir).check()
 
 
@@ -131,8 +133,17 @@ def run_federation(config: Config, about: CohortFacts, open_engine: OpenEngine, 
     engine = open_engine(site_specs(config, about.sites, run_id, config_hash))
     try:
         frozen = weights_hash(segmenter, manifest)
-        federation = Federation(engine, manifest, len(cohort.classes), run_id, config_hash, config.federation, frozen)
-        federation.open()
+        federation = Federation(
+            engine,
+            manifest,
+            len(cohort.classes),
+            run_id,
+            config_hash,
+            config.federation,
+            frozen,
+            about={"cohort_hash": about.hash, "code_hash": code_hash()},
+        )
+        federation.open(state)
         devices = ", ".join(sorted({site["device"] for site in federation.sites.values()}))
         emit(Event(f"sites are open on {devices}; sums are {config.federation.secure_sum}"))
         tags = {
@@ -147,7 +158,7 @@ def run_federation(config: Config, about: CohortFacts, open_engine: OpenEngine, 
             )
             folder = RunFolder(config.work_dir / "runs" / run_id)
             recorder = Recorder(config, cohort, federation, folder, tracker, emit)
-            recorder.begin(test=federation.score(state, "test", 0), validation=federation.score(state, "val", 0))
+            recorder.begin(state, federation.score(state, "test", 0), federation.score(state, "val", 0))
             state = run_rounds(federation, state, recorder.after_round)
             final = federation.score(state, "test", config.federation.rounds, pictures=True)
             return recorder.finish(segmenter, state, final, tracking.ui_command())
@@ -168,6 +179,7 @@ def site_specs(config: Config, sites: Sequence[str], run_id: str, config_hash: s
         SiteSpec(
             run=run_id,
             site=site,
+            sites=tuple(sites),
             seed=config.seed,
             config_hash=config_hash,
             cohort=prepared_folder(config),
@@ -209,10 +221,16 @@ def run_tags(
         "fedsam.code_hash": code_hash(),
         "fedsam.trainable": str(manifest.trainable),
         "fedsam.secure_sum": config.federation.secure_sum,
-        "fedsam.roster": "development",  # keys collected by the driver: nobody vouches for them
+        "fedsam.roster": roster_tag(config),
         "fedsam.synthetic": str(about.described.synthetic).lower(),
         "fedsam.weights": segmenter.weights,
     }
+
+
+def roster_tag(config: Config) -> str:
+    """Whose keys the run trusts. Those of a development roster are collected by the driver: nobody vouches for them."""
+    path = config.federation.roster
+    return "development" if path is None else f"pinned {read_roster(path).hash}"
 
 
 def code_hash() -> str:

@@ -15,7 +15,7 @@ from fedsam_core.federation.state import pack_state
 from fedsam_core.sam.adapters import load_shared_state, save_adapter
 from fedsam_core.sam.segmenter import SamSegmenter
 from pipelines.config import Config
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import SUMS, RunFolder, sum_file
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,16 @@ class Recorder:
         self._tracker = tracker
         self._emit = emit
         self._rounds: list[dict[str, Any]] = []
+        self._recorded = 0  # lines of the record that are in its file
         self._started = monotonic()
 
-    def begin(self, test: Scores, validation: Scores) -> None:
-        """Before the first round: what is trained, and how the model segments as it is."""
+    def begin(self, state: State, test: Scores, validation: Scores) -> None:
+        """Before the first round: what is trained from which state, and how the model segments as it is."""
         self._before = self._summary(test)
         self._folder.write_yaml("config.yaml", self._config.model_dump(mode="json"))
         self._folder.write("manifest.json", self._federation.manifest.to_json().encode())
+        self._folder.write("initial.safetensors", pack_state(self._federation.manifest, state))
+        self._keep_record()
         self._tracker.log_round(0, self._validation_metrics(validation))
         self._emit(
             Event(f"before training: test Dice {_number(self._before['dice'])}", 0, self._config.federation.rounds)
@@ -91,16 +94,34 @@ class Recorder:
     def after_round(self, report: RoundReport, state: State) -> None:
         """After each round: checkpoint, tables, metrics, a line."""
         manifest, ledger = self._federation.manifest, self._federation.ledger
-        note = {"round": str(report.round), "run": self._federation.run, "state_hash": report.state_hash}
+        if self._config.federation.keep_sums:
+            self._folder.write(sum_file(report.total.entry), report.total.packed)
+        self._keep_record()
+        note = {
+            "round": str(report.round),
+            "run": self._federation.run,
+            "state_hash": report.state_hash,
+            "record_head": self._federation.record.head,
+        }
         self._folder.write("state.safetensors", pack_state(manifest, state, note))
         metrics = {
             "train/loss": report.loss,
             "train/update_norm": report.update_norm,
+            "secagg/error_bound": report.precision.bound,
+            "secagg/error_largest": report.precision.largest,
+            "secagg/error_rms": report.precision.rms,
+            "secagg/cut": report.precision.cut,
+            "round/attempts": float(len(report.failed) + 1),
             "round/sites": float(len(report.contributors)),
             "comm/bytes_up": float(report.bytes_up),
             "comm/bytes_down": float(report.bytes_down),
             "comm/bytes_total": float(ledger.total()),
             **{f"round/seconds_{stage}": seconds for stage, seconds in report.seconds.items()},
+            **{
+                f"train/dice_{name}": dice
+                for name, dice in zip(self._cohort.classes, report.dice, strict=True)
+                if not math.isnan(dice)
+            },
             **(self._validation_metrics(report.validation) if report.validation else {}),
         }
         self._tracker.log_round(report.round, metrics)
@@ -108,6 +129,8 @@ class Recorder:
         self._rounds.append(row | {"lost": "; ".join(f"{s}: {why}" for s, why in report.lost.items())} | metrics)
         self._folder.write_table("rounds.csv", self._rounds)
         self._folder.write_table("ledger.csv", ledger.rows())
+        for why in report.failed:
+            self._emit(Event(f"round {report.round}: an attempt failed and was repeated with fresh keys ({why})"))
         for site, why in report.lost.items():
             self._emit(Event(f"round {report.round}: went on without {site} ({why})"))
         dice = "" if report.validation is None else f", validation Dice {_number(report.validation.mean_dice)}"
@@ -128,6 +151,7 @@ class Recorder:
         }
         save_adapter(segmenter, federation.manifest, self._folder.path / "adapter", card)
         self._folder.write_table("ledger.csv", federation.ledger.rows())  # with the closing scores
+        self._keep_record()
         rows = site_rows(after)
         self._folder.write_table("scores.csv", rows)
         for site, png in test.pictures.items():
@@ -146,13 +170,23 @@ class Recorder:
             rounds=config.federation.rounds,
             minutes=(monotonic() - self._started) / 60,
         )
-        self._folder.write_json("summary.json", asdict(outcome) | {"folder": str(outcome.folder)})
+        head = federation.record.head
+        self._folder.write_json("summary.json", asdict(outcome) | {"folder": str(outcome.folder), "record_head": head})
+        self._tracker.set_tags({"fedsam.record_head": head})  # where whoever changes the run's folder cannot reach it
         self._tracker.log_round(config.federation.rounds, self._final_metrics(after))
         self._tracker.log_table("rounds", self._rounds)
         if rows:
             self._tracker.log_table("scores", rows)
-        self._tracker.log_artifact(self._folder.path)
+        for path in sorted(self._folder.path.iterdir()):
+            if path.name != SUMS:  # as large as all rounds together: they stay in the folder
+                self._tracker.log_artifact(path, path.name if path.is_dir() else "")
         return outcome
+
+    def _keep_record(self) -> None:
+        """Adds to the file what the record has grown by."""
+        lines = self._federation.record.lines
+        self._folder.append("record.jsonl", b"".join(line + b"\n" for line in lines[self._recorded :]))
+        self._recorded = len(lines)
 
     def _summary(self, scores: Scores) -> dict[str, Any]:
         told = [group["dice"] for group in scores.by_site.values() if group["dice"] is not None]

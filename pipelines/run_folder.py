@@ -2,6 +2,8 @@
 
 config.yaml    the resolved configuration             manifest.json      parameters trained, sent and kept local
 adapter/       the result, ready to load              state.safetensors  the global shared state after each round
+initial.safetensors  the state before the first round  record.jsonl       what `fedsam verify` replays
+sums/          each round's opened sum, packed
 rounds.csv     a row a round                          ledger.csv         bytes by site, direction, round, purpose
 scores.csv     a row a test case                      summary.json       Dice before and after, bytes, minutes
 pictures/      an overlay a site, Dice by site
@@ -10,13 +12,21 @@ pictures/      an overlay a site, Dice by site
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fedsam_core.data.files import write_atomic
+from fedsam_core.data.files import write_atomic, write_failed
+
+SUMS = "sums"
+
+
+def sum_file(entry: int) -> str:
+    """Name of the file with the sum of that entry of the record."""
+    return f"{SUMS}/{entry:06d}.bin"
 
 
 class RunFolder:
@@ -34,6 +44,18 @@ class RunFolder:
         path = self.file(name)
         write_atomic(path, data)
         return path
+
+    def append(self, name: str, data: bytes) -> None:
+        """Adds to a file what must not be lost. Raises DataError if the disk refuses."""
+        path = self.file(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise write_failed(path, error) from error
 
     def write_json(self, name: str, value: Any) -> Path:
         """Indented JSON."""

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from fedsam_core.errors import FedsamError
+from fedsam_core.errors import FedsamError, SecureSumError
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +82,10 @@ def in_process(specs: Sequence[Any], factory: Callable[[Any], Any]) -> InProcess
 
 
 def describe_failure(error: BaseException) -> str:
-    """Why a site is lost, in one line: a `FedsamError` speaks for itself, anything else is named by its type."""
+    """Why a site is lost, in one line: a `FedsamError` speaks for itself, anything else is named by its type. So is a
+    refusal of the secure sum, which the logs of sites and driver can then be searched for."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, FedsamError) else f"{type(error).__name__}: {text}"
+    unnamed = isinstance(error, FedsamError) and (
+        not isinstance(error, SecureSumError) or type(error) is SecureSumError
+    )
+    return text if unnamed else f"{type(error).__name__}: {text}"

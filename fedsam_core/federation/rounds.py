@@ -11,15 +11,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedsam_core import __version__
 from fedsam_core.errors import RoundError
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import Engine
-from fedsam_core.federation.lanes import Task, layout_of, sum_hash
+from fedsam_core.federation.lanes import Precision, Task, Update, layout_of, read_update, sum_hash
 from fedsam_core.federation.ledger import Ledger
 from fedsam_core.federation.state import pack_state, state_hash
 from fedsam_core.federation.summation import Contribution, Relay, Total, plain_sum, secure_sum
-from fedsam_core.secagg.attempt import Attempt, default_threshold
+from fedsam_core.secagg.attempt import PROTOCOL, Attempt, default_threshold
+from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.secagg.keys import Roster
+from fedsam_core.secagg.record import Chain
 from fedsam_core.selection import ParameterManifest
 
 State = dict[str, np.ndarray[Any, Any]]
@@ -56,7 +59,12 @@ class RoundReport:
         state_hash: of the global state after it.
         contributors: sites whose updates are in it.
         lost: why other sites are not.
+        failed: why earlier attempts of the round's sum came to nothing.
         loss: mean training loss, weighted as the updates are.
+        dice: by class, Dice on the training slices of all sites together.
+        precision: what rounding and cutting did to the mean update.
+        clips: of the next round, by tensor group.
+        total: the opened sum.
         update_norm: Euclidean norm of the change of the global state.
         validation: of the global state after it, None in rounds without validation.
         bytes_up, bytes_down: serialized messages of all sites in this round.
@@ -67,7 +75,12 @@ class RoundReport:
     state_hash: str
     contributors: tuple[str, ...]
     lost: dict[str, str]
+    failed: tuple[str, ...]
     loss: float
+    dice: tuple[float, ...]
+    precision: Precision
+    clips: dict[str, float]
+    total: Total
     update_norm: float
     validation: Scores | None
     bytes_up: int
@@ -87,8 +100,9 @@ class Federation:
         config_hash: str,
         config: FederationConfig,
         weights: str,
+        about: Mapping[str, str] | None = None,
     ) -> None:
-        """`weights` is the driver's own `weights_hash`, which every site's must equal."""
+        """`weights` is the driver's own `weights_hash`, which every site's must equal; `about` goes into the record."""
         self.engine = engine
         self.manifest = manifest
         self.classes = classes
@@ -101,15 +115,20 @@ class Federation:
         self._weights_hash = weights
         self._lost: list[str] = []
         self._attempts = 0
+        self._about = dict(about or {})
+        self.record = Chain()
+        self.failed: list[str] = []  # attempts of the present sum that came to nothing
+        self._clips: dict[str, float] | None = None  # of the next update, known after the first
         self._held: dict[str, str] = {}  # which global state each site holds, by hash: nothing is sent twice
 
-    def open(self) -> None:
-        """Opens every site and pins their keys.
-
-        The roster is a development roster: the driver collects the keys, nobody vouches for them.
+    def open(self, state: State) -> None:
+        """Opens every site for a run that starts from `state`, and settles whose keys count: those of the configured
+        roster, which every site holds itself; else of a development roster that the driver collects and nobody vouches
+        for.
 
         Raises:
-            RoundError: a site cannot take part, or was opened with another layout.
+            RoundError: a site cannot take part, was opened with another layout, or has another key than the roster's.
+            SecureSumError: the roster's file cannot be used.
         """
         replies = self._ask_all("open", {})
         for site, reply in replies.items():
@@ -122,18 +141,36 @@ class Federation:
             mixed = ", ".join(f"{site}: {reply['precision']}" for site, reply in sorted(replies.items()))
             raise RoundError(f"sites would train in different precisions ({mixed}): set learning.precision=fp32")
         self.sites = replies
+        self.record.add(
+            "run",
+            protocol=PROTOCOL,
+            version=__version__,
+            run=self.run,
+            config_hash=self.config_hash,
+            layout_hash=self.manifest.layout_hash,
+            weights_hash=self._weights_hash,
+            classes=self.classes,
+            about=self._about,
+            secure_sum=self.config.secure_sum,
+            pinned=self.config.roster is not None,
+            federation=self.config.model_dump(mode="json", exclude={"roster", "key_dir"}),
+        )
         self._enroll()
+        self.record.add("state", round=0, state_hash=state_hash(self.manifest, state), sum=None)
 
     def total_slices(self) -> float:
         """Training slices of all sites together, from the first secure sum."""
         return float(self._sum(Task(purpose="weights"), 0, "weigh", None).lanes["slices"][0])
 
-    def train(self, state: State, round_number: int, total_slices: float) -> tuple[State, Total]:
+    def train(self, state: State, round_number: int, total_slices: float) -> tuple[State, Update, Total]:
         """One round of training: the weighted mean of the sites' updates added to the global state."""
-        total = self._sum(Task(purpose="update", total_slices=total_slices), round_number, "fit", state)
-        mean = total.lanes["update"] / total.lanes["weight"][0]
-        vector = self.manifest.flatten(state).astype(np.float64) + mean
-        return self.manifest.unflatten(vector.astype(np.float32)), total
+        task = Task(purpose="update", total_slices=total_slices, clips=self._clips)
+        total = self._sum(task, round_number, "fit", state)
+        update = read_update(total.layout, total.lanes, total.contributors, self.manifest, self.config)
+        new = apply_update(self.manifest, state, update)
+        self._clips = update.clips
+        self.record.add("state", round=round_number, state_hash=state_hash(self.manifest, new), sum=total.entry)
+        return new, update, total
 
     def score(self, state: State, split: Literal["val", "test"], round_number: int, pictures: bool = False) -> Scores:
         """Dice of a global state over the sites' cases of a split, and what the sites disclose beside it."""
@@ -170,16 +207,35 @@ class Federation:
 
     def _enroll(self) -> None:
         keys = {site: reply["identity"] for site, reply in self.sites.items()}
+        if self.config.roster is not None:
+            pinned = read_roster(self.config.roster)
+            for site, key in keys.items():
+                if pinned.key(site).hex() != key:
+                    raise RoundError(f"site {site} has another key than {self.config.roster} pins for it")
         self._roster = Roster({site: bytes.fromhex(key) for site, key in keys.items()})
-        self.engine.call("enroll", {site: {"roster": keys} for site in self.sites}, self.config.deadline_s)
+        self.record.add("roster", keys=keys)
+        _, lost = self.engine.call("enroll", {site: {"roster": keys} for site in keys}, self.config.deadline_s)
+        if lost and self.config.roster is not None:
+            raise RoundError("; ".join(f"site {site} refuses the roster: {why}" for site, why in sorted(lost.items())))
 
     def _fits(self, reply: Mapping[str, str]) -> bool:
         return reply["layout_hash"] == self.manifest.layout_hash and reply["weights_hash"] == self._weights_hash
 
     def _sum(self, task: Task, round_number: int, contribute: str, state: State | None) -> Total:
-        self._rejoin()
+        """Opens a sum. An attempt that fails is followed by another with fresh keys, as often as is configured."""
+        self.failed = []
+        while True:
+            self._rejoin()
+            try:
+                return self._attempt(task, round_number, contribute, state)
+            except RoundError as error:
+                self.failed.append(str(error))
+                if len(self.failed) >= self.config.attempts:
+                    raise
+
+    def _attempt(self, task: Task, round_number: int, contribute: str, state: State | None) -> Total:
         sites = self.engine.sites
-        layout = layout_of(task.purpose, len(sites), self.manifest.shared_size, self.classes, self.config.update_clip)
+        layout = layout_of(task, len(sites), self.manifest, self.classes, self.config)
         self._attempts += 1
         attempt = Attempt(
             run=self.run,
@@ -195,12 +251,19 @@ class Federation:
         packed = None if state is None else pack_state(self.manifest, state)
         holders = frozenset(site for site, held in self._held.items() if held == attempt.model_hash)
         open_sum = plain_sum if self.config.secure_sum == "plain" else secure_sum
-        how = Contribution(contribute, packed, holders)
-        total = open_sum(relay, attempt, self._roster, layout, how)
+        try:
+            total = open_sum(relay, self._roster, layout, Contribution(contribute, packed, holders), self.record)
+        finally:
+            self._lost = sorted(relay.lost)  # to be opened again before the next attempt
         if state is not None:
             self._held = dict.fromkeys(total.contributors, attempt.model_hash)
-        self._lost = sorted(total.lost)
         return total
+
+
+def apply_update(manifest: ParameterManifest, state: State, update: Update) -> State:
+    """The global state after a round: the mean update added in float64, rounded to float32 once."""
+    vector = manifest.flatten(state).astype(np.float64) + update.mean
+    return manifest.unflatten(vector.astype(np.float32))
 
 
 def run_rounds(federation: Federation, state: State, on_round: Callable[[RoundReport, State], None]) -> State:
@@ -221,7 +284,8 @@ def run_rounds(federation: Federation, state: State, on_round: Callable[[RoundRe
     slices = federation.total_slices()
     for number in range(1, config.rounds + 1):
         started = monotonic()
-        new, total = federation.train(state, number, slices)
+        new, update, total = federation.train(state, number, slices)
+        failed = tuple(federation.failed)
         trained = monotonic()
         due = config.validate_every and (number % config.validate_every == 0 or number == config.rounds)
         validation = federation.score(new, "val", number) if due else None
@@ -232,7 +296,12 @@ def run_rounds(federation: Federation, state: State, on_round: Callable[[RoundRe
             state_hash=state_hash(federation.manifest, state),
             contributors=total.contributors,
             lost=total.lost,
-            loss=float(total.lanes["loss"][0] / total.lanes["weight"][0]),
+            failed=failed,
+            loss=update.loss,
+            dice=update.dice,
+            precision=update.precision,
+            clips=update.clips,
+            total=total,
             update_norm=float(np.linalg.norm(change.astype(np.float64))),
             validation=validation,
             bytes_up=ledger.total("up", number),

@@ -3,7 +3,10 @@
 Every method takes and returns bytes, numbers or plain dictionaries. The scans, the model and the keys stay here.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,24 +21,33 @@ from fedsam_core.errors import DataError, RoundError, SecureSumError
 from fedsam_core.evaluation.inference import segment_scan
 from fedsam_core.evaluation.metrics import CaseScore, dice_sums, score_case, summarize
 from fedsam_core.evaluation.overlays import overlay
+from fedsam_core.federation.answered import Answered
 from fedsam_core.federation.config import FederationConfig
-from fedsam_core.federation.lanes import Task, attempt_from_json, layout_of, sum_hash
+from fedsam_core.federation.engine import describe_failure
+from fedsam_core.federation.lanes import Task, attempt_from_json, layout_of, put_update, sum_hash
 from fedsam_core.federation.state import state_hash, unpack_state, weights_hash
 from fedsam_core.hashing import derive_seed
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.device import describe_device, pick_device
-from fedsam_core.learning.learner import Learner
+from fedsam_core.learning.learner import Fit, Learner
 from fedsam_core.sam.adapters import adapt, load_shared_state
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter
-from fedsam_core.secagg.attempt import Attempt
+from fedsam_core.secagg.attempt import Attempt, default_threshold
+from fedsam_core.secagg.keyfiles import passphrase_from_environment, read_identity, read_roster
 from fedsam_core.secagg.keys import Identity, Roster
+from fedsam_core.secagg.layout import VectorLayout
 from fedsam_core.secagg.plain import plain_input
-from fedsam_core.secagg.quantize import VectorLayout, encode
+from fedsam_core.secagg.quantize import Encoder
+from fedsam_core.secagg.refusals import ForgedKeys, OtherAttempt, OtherModel, OutOfTurn, UnfitValues, UnknownSite
 from fedsam_core.secagg.site import SiteSession
 from fedsam_core.selection import LayerSelection, ParameterManifest
 from fedsam_core.settings import Settings
 
+_log = logging.getLogger(__name__)
+
 Array = np.ndarray[Any, Any]
+Fill = Callable[[Encoder, VectorLayout], None]
+"""Puts a site's values into the lanes of a sum."""
 
 
 class SiteSpec(Settings):
@@ -43,6 +55,8 @@ class SiteSpec(Settings):
 
     run: str
     site: str
+    sites: tuple[str, ...]
+    """All sites of the run: this one refuses a sum over fewer."""
     seed: int
     config_hash: str
     cohort: Path
@@ -76,7 +90,8 @@ class FederatedSite:
 
     def __init__(self, spec: SiteSpec) -> None:
         self.spec = spec
-        self._identity = Identity.generate()
+        self._identity = Identity.generate()  # a development identity, unless the configuration names a roster
+        self._answered = Answered()
         self._opened: OpenSite | None = None
         self._roster: Roster | None = None
         self._attempt: Attempt | None = None
@@ -84,6 +99,7 @@ class FederatedSite:
         self._session: SiteSession | None = None
         self._layout: VectorLayout | None = None
         self._held: dict[str, Array] | None = None
+        self._fit: tuple[tuple[int, str], Fit] | None = None
         self._scored: list[tuple[CaseScore, Array]] = []
 
     def open(self) -> dict[str, str]:
@@ -93,8 +109,11 @@ class FederatedSite:
             DataError: a prepared case is missing or damaged, or the site has no training case.
             CheckpointError: the weights do not fit the backbone.
             SelectionError: the selection does not fit the model.
+            SecureSumError: the roster or this site's key cannot be used.
         """
         spec = self.spec
+        if spec.federation.roster is not None:
+            self._pin(spec.federation.roster)
         torch.set_num_threads(spec.learning.threads)
         prepared = PreparedCohort.open(spec.cohort)
         train = [prepared.load(case.id) for case in prepared.cohort.select(spec.site, "train")]
@@ -116,82 +135,100 @@ class FederatedSite:
         }
 
     def enroll(self, roster: Mapping[str, str]) -> None:
-        """Pins the public identity keys (hex, by site) of everyone in the run."""
-        self._roster = Roster({site: bytes.fromhex(key) for site, key in roster.items()})
+        """Takes the public identity keys (hex, by site) of everyone in the run from the driver: a development roster.
+
+        Raises:
+            UnknownSite: this site pins a roster, and the driver's is another.
+        """
+        told = Roster({site: bytes.fromhex(key) for site, key in roster.items()})
+        if self.spec.federation.roster is None:
+            self._roster = told
+        elif self._roster is None or any(self._roster.key(site) != key for site, key in told.keys.items()):
+            with self._logged("enroll"):
+                raise UnknownSite(
+                    f"site {self.spec.site} was told other keys than those of {self.spec.federation.roster}, which it "
+                    "pins: compare the rosters (`fedsam keys show`)"
+                )
 
     def advertise(self, attempt: bytes, task: Mapping[str, Any]) -> bytes:
         """Starts a sum with fresh keys.
 
         Raises:
-            RoundError: run, configuration or layout are not the ones this site was opened with.
+            OtherAttempt: run, sites, threshold, configuration or layout are not the ones this site was opened with.
+            OutOfTurn: the attempt, or a later one, was entered before.
         """
-        self._attempt, self._task = attempt_from_json(attempt), Task.model_validate(task)
-        self._layout = layout_of(
-            self._task.purpose,
-            sites=len(self._attempt.sites),
-            shared_size=self._site.manifest.shared_size,
-            classes=len(self._site.classes),
-            clip=self.spec.federation.update_clip,
-        )
-        own = {
-            "run": self.spec.run,
-            "config_hash": self.spec.config_hash,
-            "layout_hash": sum_hash(self._site.manifest, self._layout, self._task),
-        }
-        for key, value in own.items():
-            if (theirs := getattr(self._attempt, key)) != value:
-                raise RoundError(
-                    f"site {self.spec.site} refuses the {self._task.purpose} sum of round {self._attempt.round}: its "
-                    f"{key} is {value}, the driver's {theirs}. Start all with the same configuration and code"
-                )
-        if self.spec.federation.secure_sum == "plain":
-            return b""
-        if self._roster is None:
-            raise RoundError(f"site {self.spec.site} was asked for a secure sum before it was enrolled")
-        if self._session is not None:
-            self._session.close()  # a sum that was given up: its keys must not outlive it
-        self._session = SiteSession(self._attempt, self.spec.site, self._identity, self._roster)
-        return self._session.advertise()
+        with self._logged("advertise"):
+            announced, asked = attempt_from_json(attempt), Task.model_validate(task)
+            layout = layout_of(
+                asked, len(self.spec.sites), self._site.manifest, len(self._site.classes), self.spec.federation
+            )
+            self._compare(announced, asked, layout)
+            self._answered.enter(announced)
+            self._end_sum()
+            self._attempt, self._task, self._layout = announced, asked, layout
+            if self.spec.federation.secure_sum == "plain":
+                return b""
+            if self._roster is None:
+                raise UnknownSite(f"site {self.spec.site} was asked for a secure sum before it knew its peers' keys")
+            self._session = SiteSession(announced, self.spec.site, self._identity, self._roster, layout)
+            return self._session.advertise()
 
     def share(self, advertised: bytes) -> bytes:
         """Sends every peer its encrypted shares of this site's keys."""
-        return self._running().share(advertised)
+        with self._logged("share"):
+            return self._running().share(advertised)
 
     def weigh(self, delivered: bytes) -> bytes:
         """Contributes the number of this site's training slices."""
-        return self._contribute(delivered, {"slices": float(len(self._site.learner.dataset))})
+        with self._logged("weigh"):
+            with self._masks_ahead(delivered):
+                slices = float(len(self._site.learner.dataset))
+            return self._contribute(lambda encoder, _: encoder.put_all({"slices": slices}))
 
     def fit(self, delivered: bytes, state: bytes | None) -> bytes:
         """Trains from the global state; contributes the weighted update, the weight and the weighted loss."""
-        spec = self.spec
-        accepted = self._accept(state)
-        fit = self._site.learner.fit(accepted, self._current().round, spec.federation.rounds, spec.seed)
-        if self._task.total_slices is None:
-            raise RoundError(f"site {spec.site} was asked to train, but the sum is about {self._task.purpose}")
-        weight = fit.slices / self._task.total_slices
-        return self._contribute(delivered, {"update": fit.update * weight, "weight": weight, "loss": fit.loss * weight})
+        spec, total = self.spec, self._task.total_slices
+        with self._logged("fit"):
+            if total is None:
+                raise OutOfTurn(f"site {spec.site} was asked to train, but the sum is about {self._task.purpose}")
+            accepted, attempt = self._accept(state), self._current()
+            with self._masks_ahead(delivered):
+                # A repeated attempt of a round starts from the same state: what was trained is still right.
+                key = (attempt.round, attempt.model_hash)
+                if self._fit is None or self._fit[0] != key:
+                    self._fit = None
+                    self._fit = (
+                        key,
+                        self._site.learner.fit(accepted, attempt.round, spec.federation.rounds, spec.seed),
+                    )
+            fit, manifest = self._fit[1], self._site.manifest
+            return self._contribute(
+                lambda encoder, layout: put_update(encoder, layout, manifest, spec.federation, fit, total)
+            )
 
     def score(self, delivered: bytes, state: bytes | None) -> bytes:
         """Segments the cases of the task's split with the global state; contributes Dice sums and counts per class."""
-        self._scored = []
-        if self._task.split is None:
-            raise RoundError(f"site {self.spec.site} was asked to score, but the sum is about {self._task.purpose}")
-        load_shared_state(self._site.learner.segmenter, self._site.manifest, self._accept(state))
-        self._scored = [self._segment(prepared) for prepared in self._cases(self._task.split)]
-        totals, counts = dice_sums([score for score, _ in self._scored], len(self._site.classes))
-        return self._contribute(delivered, {"dice": totals, "cases": counts})
+        with self._logged("score"):
+            self._scored = []
+            if self._task.split is None:
+                raise OutOfTurn(f"site {self.spec.site} was asked to score, but the sum is about {self._task.purpose}")
+            load_shared_state(self._site.learner.segmenter, self._site.manifest, self._accept(state))
+            with self._masks_ahead(delivered):
+                self._scored = [self._segment(prepared) for prepared in self._cases(self._task.split)]
+            totals, counts = dice_sums([score for score, _ in self._scored], len(self._site.classes))
+            return self._contribute(lambda encoder, _: encoder.put_all({"dice": totals, "cases": counts}))
 
     def confirm(self, survivors: bytes) -> bytes:
         """Signs whose contributions are in the sum."""
-        return self._running().confirm(survivors)
+        with self._logged("confirm"):
+            return self._running().confirm(survivors)
 
     def unmask(self, confirmations: bytes) -> bytes:
         """Opens the sum, and only the sum; the attempt's keys are wiped afterwards."""
-        session = self._running()
-        message = session.unmask(confirmations)
-        session.close()
-        self._session = None
-        return message
+        with self._logged("unmask"):
+            message = self._running().unmask(confirmations)
+            self._end_sum()
+            return message
 
     def disclose(self, picture: bool) -> dict[str, Any]:
         """What the configuration lets this site tell in the open about its last scoring.
@@ -232,29 +269,91 @@ class FederatedSite:
         if unpacked is None:
             raise RoundError(f"site {self.spec.site} holds no global state (it may have been restarted)")
         if (received := state_hash(self._site.manifest, unpacked)) != attempt.model_hash:
-            raise RoundError(
+            raise OtherModel(
                 f"site {self.spec.site} refuses round {attempt.round}: the global state it received has hash "
                 f"{received}, announced was {attempt.model_hash}"
             )
         self._held = unpacked
         return unpacked
 
-    def _contribute(self, delivered: bytes, values: Mapping[str, Array | float]) -> bytes:
+    def _pin(self, path: Path) -> None:
+        """Takes the roster and this site's own key from this node's files."""
+        spec = self.spec
+        self._roster = read_roster(path)
+        key_file = spec.federation.key_dir / f"{spec.site}.key"
+        self._identity = read_identity(key_file, passphrase_from_environment())
+        if self._roster.key(spec.site) != self._identity.public:
+            raise ForgedKeys(f"{key_file} is not the key that {path} pins for site {spec.site}: exchange keys again")
+        self._answered = Answered(spec.federation.key_dir / f"{spec.site}.answered.json")
+
+    def _compare(self, attempt: Attempt, task: Task, layout: VectorLayout) -> None:
+        """Refuses an attempt that is not about what this site was opened for."""
+        spec = self.spec
+        own = {
+            "run": spec.run,
+            "sites": spec.sites,
+            "threshold": default_threshold(len(spec.sites)),
+            "config_hash": spec.config_hash,
+            "layout_hash": sum_hash(self._site.manifest, layout, task),
+        }
+        for key, value in own.items():
+            if (theirs := getattr(attempt, key)) != value:
+                raise OtherAttempt(
+                    f"site {spec.site} refuses the {task.purpose} sum of round {attempt.round}: its {key} is {value}, "
+                    f"the driver's {theirs}. Start all with the same configuration and code"
+                )
+
+    @contextmanager
+    def _logged(self, what: str) -> Iterator[None]:
+        """Every refusal is in the log of the site, by name, whatever the driver makes of it."""
+        try:
+            yield
+        except SecureSumError as error:
+            attempt = self._attempt
+            place = f"run {attempt.run}, round {attempt.round}, attempt {attempt.attempt}" if attempt else "no attempt"
+            _log.warning("site %s refused %s (%s): %s", self.spec.site, what, place, describe_failure(error))
+            raise
+
+    @contextmanager
+    def _masks_ahead(self, delivered: bytes) -> Iterator[None]:
+        """Makes the masks of the vector in another thread while the caller trains or segments."""
+        if self.spec.federation.secure_sum == "plain":
+            yield
+            return
+        session = self._running()
+        with ThreadPoolExecutor(1, thread_name_prefix="masks") as pool:
+            making = pool.submit(session.deliver, delivered)
+            try:
+                yield
+                making.result()
+            except BaseException:
+                making.exception()  # has ended, before its secrets are wiped
+                self._end_sum()
+                raise
+
+    def _contribute(self, fill: Fill) -> bytes:
         attempt, layout = self._current(), self._layout
         assert layout is not None  # set with the attempt
         # Not of the attempt: a repeated attempt of a round gives the same bits.
-        seed = derive_seed(self.spec.seed, "rounding", layout.hash, attempt.round, self.spec.site)
+        encoder = Encoder(layout, derive_seed(self.spec.seed, "rounding", layout.hash, attempt.round, self.spec.site))
         try:
-            vector = encode(layout, values, seed)
-        except SecureSumError as error:
-            raise RoundError(
+            fill(encoder, layout)
+        except UnfitValues as error:
+            self._end_sum()
+            raise UnfitValues(
                 f"site {self.spec.site} sends nothing in round {attempt.round}: {error}. Where the update is too "
                 "large, lower learning.learning_rate or raise federation.update_clip "
                 f"({self.spec.federation.update_clip:g})"
             ) from error
         if self.spec.federation.secure_sum == "plain":
-            return plain_input(attempt, self.spec.site, self._identity, vector)
-        return self._running().masked_input(delivered, vector)
+            return plain_input(attempt, self.spec.site, self._identity, layout, encoder.vector())
+        return self._running().masked_input(encoder.vector())
+
+    def _end_sum(self) -> None:
+        """Keys do not outlive their sum, however it ended."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     def _cases(self, split: Literal["train", "val", "test"]) -> list[PreparedCase]:
         return [self._site.prepared.load(case.id) for case in self._site.prepared.cohort.select(self.spec.site, split)]

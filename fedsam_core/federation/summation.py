@@ -6,20 +6,27 @@ enough of them remain.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 
 from fedsam_core.errors import RoundError, SecureSumError
-from fedsam_core.federation.engine import Engine
+from fedsam_core.federation.engine import Engine, describe_failure
 from fedsam_core.federation.lanes import Task, attempt_to_json
 from fedsam_core.federation.ledger import Ledger
 from fedsam_core.secagg.aggregator import AggregatorSession
 from fedsam_core.secagg.attempt import Attempt
 from fedsam_core.secagg.keys import Roster
+from fedsam_core.secagg.layout import VectorLayout
+from fedsam_core.secagg.packing import pack
 from fedsam_core.secagg.plain import PlainAggregator
-from fedsam_core.secagg.quantize import VectorLayout, decode_sum
+from fedsam_core.secagg.quantize import decode_sum
+from fedsam_core.secagg.record import Chain, Received
+
+RECORDED_BYTES = 4096
+"""A sum up to this size stands in the record itself; a longer one is named there by its hash."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,17 @@ class Total:
         lanes: float64 [size] by lane name, summed over the contributors.
         contributors: the sites whose values are in it.
         lost: why each other site is not.
+        layout: of the vector.
+        packed: the sum itself, as `packing` says.
+        entry: number of its entry in the record.
     """
 
     lanes: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
     contributors: tuple[str, ...]
     lost: dict[str, str]
+    layout: VectorLayout
+    packed: bytes
+    entry: int
 
 
 class Relay:
@@ -58,21 +71,25 @@ class Relay:
     def __init__(self, engine: Engine, attempt: Attempt, task: Task, ledger: Ledger, deadline: float) -> None:
         self.lost: dict[str, str] = {}
         self._engine = engine
-        self._attempt = attempt
+        self.attempt = attempt
         self._task = task
         self._ledger = ledger
         self._deadline = deadline
 
+    def about(self) -> dict[str, Any]:
+        """What is recorded of the sum: its attempt and its task."""
+        return {"attempt": asdict(self.attempt), "task": self._task.model_dump()}
+
     def announce(self, receive: Callable[[str, bytes], None]) -> None:
         """The first stage: what the sum is about."""
-        message = attempt_to_json(self._attempt)
+        message = attempt_to_json(self.attempt)
         keywords = {"attempt": message, "task": self._task.model_dump()}
-        sites = self._attempt.sites
+        sites = self.attempt.sites
         self._stage("advertise", dict.fromkeys(sites, keywords), dict.fromkeys(sites, len(message)), receive)
 
     def broadcast(self, method: str, keyword: str, message: bytes, receive: Callable[[str, bytes], None]) -> None:
         """A stage in which every present site gets the same message."""
-        present = [site for site in self._attempt.sites if site not in self.lost]
+        present = [site for site in self.attempt.sites if site not in self.lost]
         args = {site: {keyword: message} for site in present}
         self._stage(method, args, dict.fromkeys(present, len(message)), receive)
 
@@ -101,66 +118,84 @@ class Relay:
         replies, missing = self._engine.call(method, args, self._deadline)
         self.lost.update(missing)
         for site in sorted(args):
-            self._ledger.add(site, "down", self._attempt.round, purpose, sizes[site])
+            self._ledger.add(site, "down", self.attempt.round, purpose, sizes[site])
             if site not in replies:
                 continue
-            self._ledger.add(site, "up", self._attempt.round, purpose, len(replies[site]))
+            self._ledger.add(site, "up", self.attempt.round, purpose, len(replies[site]))
             try:
                 receive(site, replies[site])
             except SecureSumError as error:  # a bad message excludes its sender, not the round
-                self.lost[site] = str(error)
+                self.lost[site] = describe_failure(error)
 
 
-def secure_sum(relay: Relay, attempt: Attempt, roster: Roster, layout: VectorLayout, how: Contribution) -> Total:
-    """Opens the sum of the sites' masked vectors.
+def secure_sum(relay: Relay, roster: Roster, layout: VectorLayout, how: Contribution, record: Chain) -> Total:
+    """Opens the sum of the sites' masked vectors, and records how it came about, or why it did not.
 
     Raises:
         RoundError: too few sites are left, with the reason for each that is not.
     """
+    attempt = relay.attempt
+    aggregator = None
     try:
-        aggregator = AggregatorSession(attempt, roster, layout.size)
+        aggregator = AggregatorSession(attempt, roster, layout)
         relay.announce(aggregator.receive_advertise)
         relay.broadcast("share", "advertised", aggregator.advertised(), aggregator.receive_share)
         relay.collect(how, aggregator.deliveries(), aggregator.receive_masked)
         relay.broadcast("confirm", "survivors", aggregator.survivors(), aggregator.receive_confirmation)
         relay.broadcast("unmask", "confirmations", aggregator.confirmations(), aggregator.receive_unmask)
         total, contributors = aggregator.total()
-        return _total(relay, attempt, layout, total, contributors)
+        return _opened(relay, layout, total, contributors, record, aggregator.received, aggregator.course())
     except SecureSumError as error:
-        raise _failed(relay, attempt, error) from error
+        raise _failed(relay, error, record, aggregator.received if aggregator else []) from error
 
 
-def plain_sum(relay: Relay, attempt: Attempt, roster: Roster, layout: VectorLayout, how: Contribution) -> Total:
+def plain_sum(relay: Relay, roster: Roster, layout: VectorLayout, how: Contribution, record: Chain) -> Total:
     """The sum of the same vectors without masks, for comparison: the driver sees each of them.
 
     Raises:
         RoundError: too few sites are left, with the reason for each that is not.
     """
+    aggregator = PlainAggregator(relay.attempt, roster, layout)
     try:
-        aggregator = PlainAggregator(attempt, roster, layout.size)
         relay.announce(lambda site, reply: None)
-        relay.collect(how, dict.fromkeys(attempt.sites, b""), aggregator.receive_plain)
+        relay.collect(how, dict.fromkeys(relay.attempt.sites, b""), aggregator.receive_plain)
         total, contributors = aggregator.total()
-        return _total(relay, attempt, layout, total, contributors)
+        return _opened(relay, layout, total, contributors, record, aggregator.received, None)
     except SecureSumError as error:
-        raise _failed(relay, attempt, error) from error
+        raise _failed(relay, error, record, aggregator.received) from error
 
 
-def _total(
+def _opened(
     relay: Relay,
-    attempt: Attempt,
     layout: VectorLayout,
     total: np.ndarray[Any, np.dtype[np.uint32]],
     contributors: tuple[str, ...],
+    record: Chain,
+    received: list[Received],
+    course: dict[str, list[str] | str] | None,
 ) -> Total:
-    absent = [site for site in attempt.sites if site not in contributors]
-    return Total(
-        lanes=decode_sum(layout, total, len(contributors)),
-        contributors=contributors,
-        lost={site: relay.lost.get(site, "gave no contribution") for site in absent},
+    lanes = decode_sum(layout, total, contributors)
+    absent = [site for site in relay.attempt.sites if site not in contributors]
+    lost = {site: relay.lost.get(site, "gave no contribution") for site in absent}
+    packed = pack(layout, total).tobytes()
+    record.add(
+        "sum",
+        **relay.about(),
+        layout=layout.to_dict(),
+        messages=received,
+        course=course,
+        contributors=list(contributors),
+        lost=relay.lost,
+        sum={
+            "sha256": sha256(packed).hexdigest(),
+            "bytes": len(packed),
+            "values": packed.hex() if len(packed) <= RECORDED_BYTES else None,
+        },
     )
+    return Total(lanes, contributors, lost, layout, packed, len(record.lines) - 1)
 
 
-def _failed(relay: Relay, attempt: Attempt, error: SecureSumError) -> RoundError:
+def _failed(relay: Relay, error: SecureSumError, record: Chain, received: list[Received]) -> RoundError:
+    record.add("failed", **relay.about(), messages=received, lost=relay.lost, reason=describe_failure(error))
     reasons = "".join(f"; lost {site}: {reason}" for site, reason in sorted(relay.lost.items()))
-    return RoundError(f"round {attempt.round} failed: {error}{reasons}")
+    return RoundError(f"round {relay.attempt.round} failed: {error}{reasons}")

@@ -27,11 +27,15 @@ class Fit:
         update: float32 [manifest.shared_size], trained minus global state.
         slices: training slices of the site; the weight of its update.
         loss: mean training loss over the round's steps.
+        dice_numerator, dice_denominator: float64 [foreground classes], 2 * |prediction and label| and
+            |prediction| + |label| over the round's steps, as shares of all pixels seen.
     """
 
     update: np.ndarray[Any, np.dtype[np.float32]]
     slices: int
     loss: float
+    dice_numerator: np.ndarray[Any, np.dtype[np.float64]]
+    dice_denominator: np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Learner:
@@ -85,13 +89,19 @@ class Learner:
         round_seed = derive_seed(seed, "fit", round_number, self.site)
         batches = self._draw_batches(np.random.default_rng(round_seed))
         losses = []
+        overlap = torch.zeros(2, self.segmenter.classes, dtype=torch.float64, device=self.device)
         for step, indices in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, round_number, rounds, step)
-            losses.append(self._step(optimizer, parameters, indices, derive_seed(round_seed, step), round_number, step))
+            loss, overlaps = self._step(
+                optimizer, parameters, indices, derive_seed(round_seed, step), round_number, step
+            )
+            losses.append(loss)
+            overlap += overlaps / len(batches)
         trained = shared_state(self.segmenter, self.manifest)
         update = self.manifest.flatten(trained) - self.manifest.flatten(state)
-        return Fit(update=update, slices=len(self.dataset), loss=float(np.mean(losses)))
+        numerator, denominator = overlap.cpu().numpy()
+        return Fit(update, len(self.dataset), float(np.mean(losses)), numerator, denominator)
 
     def _step(
         self,
@@ -101,7 +111,7 @@ class Learner:
         seed: int,
         round_number: int,
         step: int,
-    ) -> float:
+    ) -> tuple[float, torch.Tensor]:
         images, labels = self.dataset.batch(indices, seed=seed, train=True)
         images, labels = images.to(self.device), labels.to(self.device)
         optimizer.zero_grad(set_to_none=True)
@@ -118,7 +128,7 @@ class Learner:
                 "learning.precision=fp32"
             )
         optimizer.step()
-        return float(loss.detach())
+        return float(loss.detach()), _overlap(logits.detach(), labels)
 
     def _draw_batches(self, rng: np.random.Generator) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         """Slice indices of every step: without replacement until a pool is exhausted, then shuffled again."""
@@ -132,6 +142,21 @@ class Learner:
             )
             for i in range(steps)
         ]
+
+
+def _overlap(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Numerator and denominator of the Dice of each foreground class, as shares of the pixels: float64 [2, classes].
+
+    Args:
+        logits: float [B, 1 + classes, H, W].
+        labels: int [B, H, W].
+    """
+    predicted = logits.argmax(dim=1)
+    rows = []
+    for index in range(1, logits.shape[1]):
+        guess, truth = predicted == index, labels == index
+        rows.append(torch.stack([2 * (guess & truth).sum(), guess.sum() + truth.sum()]))
+    return torch.stack(rows, dim=1).double() / labels.numel()
 
 
 def _endless(

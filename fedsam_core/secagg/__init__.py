@@ -2,7 +2,7 @@
 
 A round is driven so, with `AggregatorSession` on one side and a `SiteSession` at each site:
 
-    advertise -> receive_advertise ... advertised -> share -> receive_share ... deliveries -> masked_input
+    advertise -> receive_advertise ... advertised -> share -> receive_share ... deliveries -> deliver, masked_input
     -> receive_masked ... survivors -> confirm -> receive_confirmation ... confirmations -> unmask
     -> receive_unmask ... total
 
@@ -12,13 +12,15 @@ A round is driven so, with `AggregatorSession` on one side and a `SiteSession` a
 from fedsam_core.secagg.aggregator import AggregatorSession
 from fedsam_core.secagg.attempt import Attempt, default_threshold
 from fedsam_core.secagg.keys import Identity, Roster, development_roster
+from fedsam_core.secagg.layout import Lane, VectorLayout
 from fedsam_core.secagg.plain import PlainAggregator, plain_input
-from fedsam_core.secagg.quantize import Lane, VectorLayout, decode_sum, encode
+from fedsam_core.secagg.quantize import Encoder, decode_sum, encode
 from fedsam_core.secagg.site import SiteSession
 
 __all__ = [
     "AggregatorSession",
     "Attempt",
+    "Encoder",
     "Identity",
     "Lane",
     "PlainAggregator",

@@ -5,7 +5,9 @@ next. When to close is the caller's decision, by its own deadline. It learns the
 and nothing else. Masked vectors are added to a running sum as they come and are not kept.
 """
 
+from collections.abc import Sequence
 from enum import Enum
+from itertools import combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from fedsam_core.secagg.keys import (
     seed_commitment,
     self_mask_key,
 )
+from fedsam_core.secagg.layout import VectorLayout
 from fedsam_core.secagg.masks import apply_masks
 from fedsam_core.secagg.messages import (
     KEY_SHARE,
@@ -33,13 +36,19 @@ from fedsam_core.secagg.messages import (
     Confirmations,
     Delivery,
     MaskedInput,
+    Message,
     Shares,
     Survivors,
     Unmask,
     encode_broadcast,
     expect_signed,
 )
+from fedsam_core.secagg.packing import add_packed, reduce
+from fedsam_core.secagg.record import Received, received
+from fedsam_core.secagg.refusals import BadSignature, BareLane, ForgedShares, ForgedSurvivors, OutOfTurn, TooFewSites
 from fedsam_core.secagg.site import statement
+
+_TRIES = 100  # groups of helpers that are tried where some of them sent wrong shares
 
 
 class Stage(Enum):
@@ -62,15 +71,17 @@ class AggregatorSession:
     stage raise SecureSumError when too few sites are left; then the attempt has failed.
     """
 
-    def __init__(self, attempt: Attempt, roster: Roster, vector_size: int) -> None:
+    def __init__(self, attempt: Attempt, roster: Roster, layout: VectorLayout) -> None:
         attempt.require_private()
+        layout.require_covered(attempt.sites)
         for site in attempt.sites:
             roster.key(site)
-        if vector_size < 1:
-            raise SecureSumError(f"a vector of size {vector_size} cannot be summed")
         self._attempt = attempt
         self._roster = roster
+        self._layout = layout
         self._context = attempt.digest()
+        self.received: list[Received] = []
+        """Every message that was taken, in order, for the record."""
         self._stage = Stage.ADVERTISE
         self._active = set(range(len(attempt.sites)))
         self._arrived: set[int] = set()
@@ -78,7 +89,7 @@ class AggregatorSession:
         self._keys: dict[int, Advertise] = {}
         self._key_messages: dict[int, bytes] = {}
         self._ciphertexts: dict[int, dict[int, bytes]] = {}  # sender -> recipient -> ciphertext
-        self._sum: NDArray[np.uint32] = np.zeros(vector_size, dtype=np.uint32)
+        self._sum: NDArray[np.uint32] = np.zeros(layout.size, dtype=np.uint32)
         self._partners: set[int] = set()
         self._survivors: set[int] = set()
         self._transcript = b""
@@ -103,10 +114,10 @@ class AggregatorSession:
 
     def receive_advertise(self, site: str, data: bytes) -> None:
         """Stage 1: a site's public keys."""
-        sender, body = self._receive(Stage.ADVERTISE, site, data, Advertise)
+        sender, body, message = self._expect(Stage.ADVERTISE, site, data, Advertise)
         self._keys[sender] = body
         self._key_messages[sender] = data
-        self._arrived.add(sender)
+        self._take(sender, data, message, keep=True)
 
     def advertised(self) -> bytes:
         """Close stage 1; for every active site."""
@@ -117,12 +128,12 @@ class AggregatorSession:
 
     def receive_share(self, site: str, data: bytes) -> None:
         """Stage 2: a site's encrypted shares."""
-        sender, body = self._receive(Stage.SHARE, site, data, Shares)
+        sender, body, message = self._expect(Stage.SHARE, site, data, Shares)
         ciphertexts = dict(body.ciphertexts)
         if set(ciphertexts) != set(self._keys) - {sender}:
-            raise SecureSumError(f"site {site!r} did not send shares for exactly its peers: it is left out")
+            raise ForgedShares(f"site {site!r} did not send shares for exactly its peers: it is left out")
         self._ciphertexts[sender] = ciphertexts
-        self._arrived.add(sender)
+        self._take(sender, data, message)
 
     def deliveries(self) -> dict[str, bytes]:
         """Close stage 2; what to send to each active site."""
@@ -138,27 +149,30 @@ class AggregatorSession:
 
     def receive_masked(self, site: str, data: bytes) -> None:
         """Stage 3: a site's masked vector, added to the running sum."""
-        sender, body = self._receive(Stage.MASKED, site, data, MaskedInput)
-        if body.values.size != self._sum.size:
-            raise SecureSumError(f"site {site!r} sent {body.values.size} values where {self._sum.size} were due")
-        np.add(self._sum, body.values, out=self._sum)
-        self._arrived.add(sender)
+        sender, body, message = self._expect(Stage.MASKED, site, data, MaskedInput)
+        add_packed(self._layout, self._sum, body.packed)
+        self._take(sender, data, message)
 
     def survivors(self) -> bytes:
         """Close stage 3; for every active site. From here on the sum is that of these sites, even if some are lost."""
         self._close(Stage.MASKED, Stage.CONFIRM)
         self._survivors = set(self._active)
+        try:
+            self._layout.require_covered(self._attempt.names(self._survivors))
+        except BareLane:
+            self._stage = Stage.FAILED
+            raise
         body = Survivors(tuple(sorted(self._survivors)))
         self._statement = statement(self._transcript, self._partners, body.sites)
         return encode_broadcast(body, self._context)
 
     def receive_confirmation(self, site: str, data: bytes) -> None:
         """Stage 4: a site's signature of the survivors."""
-        sender, body = self._receive(Stage.CONFIRM, site, data, Confirmation)
+        sender, body, message = self._expect(Stage.CONFIRM, site, data, Confirmation)
         if body.statement != self._statement:
-            raise SecureSumError(f"site {site!r} confirms another course of this attempt: it is left out")
+            raise ForgedSurvivors(f"site {site!r} confirms another course of this attempt: it is left out")
         self._confirmations[sender] = data
-        self._arrived.add(sender)
+        self._take(sender, data, message, keep=True)
 
     def confirmations(self) -> bytes:
         """Close stage 4; for every active site."""
@@ -167,17 +181,17 @@ class AggregatorSession:
 
     def receive_unmask(self, site: str, data: bytes) -> None:
         """Stage 5: a site's shares."""
-        sender, body = self._receive(Stage.UNMASK, site, data, Unmask)
+        sender, body, message = self._expect(Stage.UNMASK, site, data, Unmask)
         due = [(peer, SEED_SHARE if peer in self._survivors else KEY_SHARE) for peer in sorted(self._partners)]
         if [(peer, kind) for peer, kind, _ in body.shares] != due:
-            raise SecureSumError(f"site {site!r} did not send exactly the shares that are due: it is left out")
+            raise ForgedShares(f"site {site!r} did not send exactly the shares that are due: it is left out")
         self._unmask[sender] = {peer: share for peer, _, share in body.shares}
-        self._arrived.add(sender)
+        self._take(sender, data, message)
 
     def total(self) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
         """Close stage 5: the sum (uint32 [size], modulo 2^32) and the sites whose vectors are in it.
 
-        Raises SecureSumError where shares do not give back what their owner committed to: a site sent a wrong share.
+        Raises ForgedShares where no group of helpers' shares gives back what their owner committed to.
         """
         self._close(Stage.UNMASK, Stage.DONE)
         plus: list[Secret] = []
@@ -185,6 +199,7 @@ class AggregatorSession:
         try:
             self._recover_masks(plus, minus)
             apply_masks(self._sum, plus, minus)
+            reduce(self._layout, self._sum)
         except SecureSumError:
             self._stage = Stage.FAILED
             raise
@@ -197,28 +212,38 @@ class AggregatorSession:
     def __repr__(self) -> str:
         return f"AggregatorSession(round {self._attempt.round}, {self._stage.value}, active {list(self.active)})"
 
-    def _receive(self, stage: Stage, site: str, data: bytes, body_type: type[B]) -> tuple[int, B]:
+    def course(self) -> dict[str, list[str] | str]:
+        """Whom the sites masked with, whose vectors came, and the statement (hex) of it that they signed."""
+        return {
+            "partners": list(self._attempt.names(self._partners)),
+            "survivors": list(self._attempt.names(self._survivors)),
+            "statement": self._statement.hex(),
+        }
+
+    def _expect(self, stage: Stage, site: str, data: bytes, body_type: type[B]) -> tuple[int, B, Message]:
         index = self._attempt.index(site)
         if self._stage is not stage:
-            raise SecureSumError(f"{body_type.__name__} of site {site!r} came in stage {self._stage.value!r}: refused")
+            raise OutOfTurn(f"{body_type.__name__} of site {site!r} came in stage {self._stage.value!r}: refused")
         if index not in self._active:
-            raise SecureSumError(f"site {site!r} was lost before stage {stage.value!r}: it can join the next attempt")
+            raise OutOfTurn(f"site {site!r} was lost before stage {stage.value!r}: it can join the next attempt")
         if index in self._arrived:
-            raise SecureSumError(f"site {site!r} sent {body_type.__name__} twice: the second is refused")
-        sender, body, _ = expect_signed(data, body_type, self._context, self._attempt.sites, self._roster)
+            raise OutOfTurn(f"site {site!r} sent {body_type.__name__} twice: the second is refused")
+        sender, body, message = expect_signed(data, body_type, self._context, self._attempt.sites, self._roster)
         if sender != index:
-            raise SecureSumError(
-                f"site {site!r} sent a message in the name of {self._attempt.sites[sender]!r}: refused"
-            )
-        return sender, body
+            raise BadSignature(f"site {site!r} sent a message in the name of {self._attempt.sites[sender]!r}: refused")
+        return sender, body, message
+
+    def _take(self, sender: int, data: bytes, message: Message, keep: bool = False) -> None:
+        self._arrived.add(sender)
+        self.received.append(received(self._attempt.sites[sender], data, message, keep))
 
     def _close(self, stage: Stage, following: Stage) -> None:
         if self._stage is not stage:
-            raise SecureSumError(f"stage {stage.value!r} cannot be closed: the open one is {self._stage.value!r}")
+            raise OutOfTurn(f"stage {stage.value!r} cannot be closed: the open one is {self._stage.value!r}")
         if len(self._arrived) < self._attempt.minimum:
             self._stage = Stage.FAILED
             lost = ", ".join(self._attempt.names(set(range(len(self._attempt.sites))) - self._arrived))
-            raise SecureSumError(
+            raise TooFewSites(
                 f"only {len(self._arrived)} of the {self._attempt.minimum} sites that are needed are left after stage "
                 f"{stage.value!r} (lost: {lost}): start a new attempt"
             )
@@ -227,33 +252,50 @@ class AggregatorSession:
 
     def _recover_masks(self, plus: list[Secret], minus: list[Secret]) -> None:
         """Keys of the streams to add to the running sum and to take from it."""
-        helpers = sorted(self._unmask)[: self._attempt.threshold]
+        helpers = self._honest_helpers()
         lagrange = shamir.weights([helper + 1 for helper in helpers])
         for owner in sorted(self._partners):
-            name = self._attempt.sites[owner]
-            try:
-                secret = shamir.combine([self._unmask[helper][owner] for helper in helpers], lagrange)
-            except SecureSumError:
-                raise self._wrong_shares(name, helpers) from None
+            secret = self._recover(owner, helpers, lagrange)
+            if secret is None:
+                senders = ", ".join(self._attempt.names(helpers))
+                raise ForgedShares(
+                    f"the shares of site {self._attempt.sites[owner]!r} from {senders} do not fit what it committed "
+                    "to: it or one of them is faulty; start a new attempt without it"
+                )
             if owner in self._survivors:
-                if seed_commitment(secret, owner, self._context) != self._keys[owner].seed_commitment:
-                    raise self._wrong_shares(name, helpers)
                 minus.append(self_mask_key(secret, owner, self._context))
             else:
-                if public_key(secret) != self._keys[owner].mask_key:
-                    raise self._wrong_shares(name, helpers)
                 for survivor in sorted(self._survivors):
                     key = pair_mask_key(secret, owner, survivor, self._keys[survivor].mask_key, self._context)
                     # The survivor added the common mask if it comes first.
                     (minus if survivor < owner else plus).append(key)
             secret.wipe()
 
-    def _wrong_shares(self, owner: str, helpers: list[int]) -> SecureSumError:
-        senders = ", ".join(self._attempt.names(helpers))
-        return SecureSumError(
-            f"the shares of site {owner!r} from {senders} do not fit what it committed to: {owner!r} or one of them is "
-            "faulty; start a new attempt without it"
-        )
+    def _honest_helpers(self) -> tuple[int, ...]:
+        """`threshold` sites whose shares give back what every owner committed to: one site that sends wrong shares
+        spoils nothing while enough others are there. Where no such group is found, the first group."""
+        groups = list(islice(combinations(sorted(self._unmask), self._attempt.threshold), _TRIES))
+        for group in groups if len(groups) > 1 else ():
+            lagrange = shamir.weights([helper + 1 for helper in group])
+            found = [self._recover(owner, group, lagrange) for owner in sorted(self._partners)]
+            fitting = all(found)
+            for secret in filter(None, found):
+                secret.wipe()
+            if fitting:
+                return group
+        return groups[0]
+
+    def _recover(self, owner: int, helpers: Sequence[int], lagrange: Sequence[int]) -> Secret | None:
+        """The owner's secret, None where the helpers' shares do not give back what it committed to."""
+        try:
+            secret = shamir.combine([self._unmask[helper][owner] for helper in helpers], lagrange)
+        except ForgedShares:
+            return None
+        if owner in self._survivors:
+            fits = seed_commitment(secret, owner, self._context) == self._keys[owner].seed_commitment
+        else:
+            fits = public_key(secret) == self._keys[owner].mask_key
+        return secret if fits else None
 
 
 def _in_order(messages: dict[int, bytes]) -> tuple[bytes, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fedsam_core.errors import SecureSumError
 from fedsam_core.hashing import stable_hash
+from fedsam_core.secagg.refusals import TooFewSites, UnknownSite
 
 PROTOCOL = "fedsam/secagg/v1"
 SMALLEST_PRIVATE_SUM = 3
@@ -67,9 +68,9 @@ class Attempt:
         return max(self.threshold, SMALLEST_PRIVATE_SUM)
 
     def index(self, site: str) -> int:
-        """A site's number on the wire. Raises SecureSumError for a site that is not in the attempt."""
+        """A site's number on the wire. Raises UnknownSite for a site that is not in the attempt."""
         if site not in self.sites:
-            raise SecureSumError(f"site {site!r} is not in this attempt, which has {', '.join(self.sites)}")
+            raise UnknownSite(f"site {site!r} is not in this attempt, which has {', '.join(self.sites)}")
         return self.sites.index(site)
 
     def names(self, indices: tuple[int, ...] | list[int] | set[int]) -> tuple[str, ...]:
@@ -80,12 +81,12 @@ class Attempt:
         """Raises SecureSumError where a masked sum would not protect its sites."""
         n = len(self.sites)
         if n < SMALLEST_PRIVATE_SUM:
-            raise SecureSumError(
+            raise TooFewSites(
                 f"a secure sum needs at least {SMALLEST_PRIVATE_SUM} sites, not {n} ({', '.join(self.sites)}), because "
                 "a sum of two shows each site the other's update: add a site, or use the plain sum knowingly"
             )
         if 2 * self.threshold <= n:
-            raise SecureSumError(
+            raise TooFewSites(
                 f"threshold {self.threshold} of {n} sites lets two disjoint groups open different sums: "
                 f"take at least {n // 2 + 1} (default {default_threshold(n)})"
             )

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fedsam_core.errors import SecureSumError
 from fedsam_core.hashing import stable_hash
 from fedsam_core.secagg.attempt import PROTOCOL
+from fedsam_core.secagg.refusals import BadSignature, ForgedKeys, UnknownSite
 
 Entropy = Callable[[int], bytes]
 """Gives that many random bytes. Anything but `os.urandom` is for tests."""
@@ -107,17 +108,17 @@ class Roster:
         return stable_hash({site: key.hex() for site, key in self.keys.items()})
 
     def key(self, site: str) -> bytes:
-        """A site's public key. Raises SecureSumError where the roster does not list it."""
+        """A site's public key. Raises UnknownSite where the roster does not list it."""
         if site not in self.keys:
-            raise SecureSumError(f"site {site!r} is not in the roster: pin its public key there, or leave it out")
+            raise UnknownSite(f"site {site!r} is not in the roster: pin its public key there, or leave it out")
         return self.keys[site]
 
     def verify(self, site: str, signature: bytes, data: bytes) -> None:
-        """Raises SecureSumError unless `site` signed `data`."""
+        """Raises BadSignature unless `site` signed `data`."""
         try:
             Ed25519PublicKey.from_public_bytes(self.key(site)).verify(signature, data)
         except (InvalidSignature, ValueError):
-            raise SecureSumError(f"a message is not signed by the key that the roster pins for site {site!r}") from None
+            raise BadSignature(f"a message is not signed by the key that the roster pins for site {site!r}") from None
 
     def __repr__(self) -> str:
         return f"Roster({', '.join(sorted(self.keys))})"
@@ -163,7 +164,7 @@ def _agree(secret: Secret, peer_public: bytes) -> bytes:
             X25519PublicKey.from_public_bytes(peer_public)
         )
     except ValueError:  # the library refuses public keys of small order, which would make the result public
-        raise SecureSumError("a peer's X25519 public key is degenerate: that site must make new keys") from None
+        raise ForgedKeys("a peer's X25519 public key is degenerate: that site must make new keys") from None
 
 
 def _derive(material: bytes | bytearray, context: bytes, info: bytes) -> Secret:

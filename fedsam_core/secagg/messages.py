@@ -3,8 +3,8 @@
 Every message starts with a header of 48 bytes: magic, version, kind, sender (a site's index, or 65535 for the
 aggregator), the attempt's digest and the length of the body, all big endian. What a site sends ends with its Ed25519
 signature of header and body (over their SHA-256, so that a large vector is read once). What the aggregator broadcasts
-is not signed: it holds the sites' own signed messages, or is checked against them later. Values are uint32, little
-endian. `decode` raises SecureSumError and nothing else, whatever the bytes.
+is not signed: it holds the sites' own signed messages, or is checked against them later. Vectors are packed as
+`packing` says. `decode` raises MalformedMessage and nothing else, whatever the bytes.
 """
 
 import struct
@@ -17,8 +17,8 @@ from typing import ClassVar, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsam_core.errors import SecureSumError
 from fedsam_core.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, Identity, Roster
+from fedsam_core.secagg.refusals import MalformedMessage, OtherAttempt, UnknownSite
 from fedsam_core.secagg.shamir import SHARE_BYTES
 
 MAGIC = b"FSUM"
@@ -58,7 +58,7 @@ class Message:
     body: Body
     signature: bytes
     sealed: bytes = field(repr=False)
-    """The bytes that the signature is made over."""
+    """The bytes that the signature is made over: `seal` of the SHA-256 of header and body."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ class Shares:
 
 @dataclass(frozen=True, eq=False)
 class MaskedInput:
-    """Stage 3, site to aggregator: the masked vector, uint32 [size]."""
+    """Stage 3, site to aggregator: the masked vector, packed."""
 
     KIND: ClassVar[int] = 3
     FROM_SITE: ClassVar[bool] = True
-    values: NDArray[np.uint32]
+    packed: NDArray[np.uint8]
 
     def pack(self) -> Parts:
-        return [_pack_values(self.values)]
+        return [self.packed.data]
 
     @classmethod
     def unpack(cls, reader: "_Reader") -> Self:
-        return cls(reader.values())
+        return cls(reader.rest())
 
 
 @dataclass(frozen=True)
@@ -144,24 +144,24 @@ class Unmask:
         shares = tuple((reader.u16(), reader.u8(), reader.take(SHARE_BYTES)) for _ in range(reader.u16()))
         _increasing([peer for peer, _, _ in shares])
         if any(kind not in (SEED_SHARE, KEY_SHARE) for _, kind, _ in shares):
-            raise SecureSumError("a message holds a share of an unknown kind: it was damaged or forged")
+            raise MalformedMessage("a message holds a share of an unknown kind: it was damaged or forged")
         return cls(shares)
 
 
 @dataclass(frozen=True, eq=False)
 class PlainInput:
-    """Site to aggregator in the plain sum: the same vector without a mask, uint32 [size]."""
+    """Site to aggregator in the plain sum: the same vector without a mask."""
 
     KIND: ClassVar[int] = 6
     FROM_SITE: ClassVar[bool] = True
-    values: NDArray[np.uint32]
+    packed: NDArray[np.uint8]
 
     def pack(self) -> Parts:
-        return [_pack_values(self.values)]
+        return [self.packed.data]
 
     @classmethod
     def unpack(cls, reader: "_Reader") -> Self:
-        return cls(reader.values())
+        return cls(reader.rest())
 
 
 @dataclass(frozen=True)
@@ -258,31 +258,31 @@ def encode_broadcast(body: Body, context: bytes) -> bytes:
 
 
 def decode(data: bytes) -> Message:
-    """The message in `data`, of any kind. Raises SecureSumError for anything but exactly one well-formed message.
+    """The message in `data`, of any kind. Raises MalformedMessage for anything but exactly one well-formed message.
 
     The values of a large message are a read-only view into `data`, not a copy.
     """
     if not isinstance(data, bytes):
-        raise SecureSumError(f"a message must be bytes, not {type(data).__name__}")
+        raise MalformedMessage(f"a message must be bytes, not {type(data).__name__}")
     if len(data) < _HEADER.size:
-        raise SecureSumError(f"a message of {len(data)} bytes is too short: it was cut off")
+        raise MalformedMessage(f"a message of {len(data)} bytes is too short: it was cut off")
     magic, version, kind, sender, context, length = _HEADER.unpack_from(data)
     if magic != MAGIC:
-        raise SecureSumError("a message does not start as a secure-sum message does: it was damaged or is none")
+        raise MalformedMessage("a message does not start as a secure-sum message does: it was damaged or is none")
     if version != VERSION:
-        raise SecureSumError(
+        raise MalformedMessage(
             f"a message has version {version}, this program speaks {VERSION}: use one release everywhere"
         )
     if kind not in BODIES:
-        raise SecureSumError(f"a message has the unknown kind {kind}: it was damaged or forged")
+        raise MalformedMessage(f"a message has the unknown kind {kind}: it was damaged or forged")
     body_type = BODIES[kind]
     trailer = SIGNATURE_BYTES if body_type.FROM_SITE else 0
     if _HEADER.size + length + trailer != len(data):
-        raise SecureSumError(
+        raise MalformedMessage(
             f"a message of {len(data)} bytes has another length than it says: it was cut off or forged"
         )
     if (sender == AGGREGATOR) == body_type.FROM_SITE:
-        raise SecureSumError(f"a {body_type.__name__} message cannot come from sender {sender}: it was forged")
+        raise MalformedMessage(f"a {body_type.__name__} message cannot come from sender {sender}: it was forged")
     view = memoryview(data)
     end = len(data) - trailer
     reader = _Reader(view[_HEADER.size : end])
@@ -295,9 +295,9 @@ def expect(data: bytes, body_type: type[B], context: bytes) -> tuple[int, B, Mes
     """Sender, body and message of the kind and attempt that is due. Raises SecureSumError for any other."""
     message = decode(data)
     if not isinstance(message.body, body_type):
-        raise SecureSumError(f"a {type(message.body).__name__} message came where {body_type.__name__} was due")
+        raise MalformedMessage(f"a {type(message.body).__name__} message came where {body_type.__name__} was due")
     if message.context != context:
-        raise SecureSumError(
+        raise OtherAttempt(
             f"a {body_type.__name__} message is of another run, round, attempt, layout, configuration or model: refused"
         )
     return message.sender, message.body, message
@@ -309,11 +309,15 @@ def expect_signed(
     """As `expect`, for a site's message, with its signature checked against the roster."""
     sender, body, message = expect(data, body_type, context)
     if sender >= len(sites):
-        raise SecureSumError(
-            f"a {body_type.__name__} message is of site number {sender}, of {len(sites)}: it was forged"
-        )
+        raise UnknownSite(f"a {body_type.__name__} message is of site number {sender}, of {len(sites)}: it was forged")
     roster.verify(sites[sender], message.signature, message.sealed)
     return sender, body, message
+
+
+def seal(digest: bytes) -> bytes:
+    """What a site signs for a message whose header and body have that SHA-256: a signature can be checked without the
+    message, and is good for nothing else."""
+    return b"fedsam secure-sum message\x00" + digest
 
 
 def _frame(body: Body, context: bytes, sender: int) -> Parts:
@@ -326,11 +330,7 @@ def _sealed(parts: Parts) -> bytes:
     digest = sha256()
     for part in parts:
         digest.update(part)
-    return b"fedsam secure-sum message\x00" + digest.digest()
-
-
-def _pack_values(values: NDArray[np.uint32]) -> memoryview:
-    return np.ascontiguousarray(values, dtype="<u4").view(np.uint8).data
+    return seal(digest.digest())
 
 
 def _pack_ciphertexts(ciphertexts: tuple[tuple[int, bytes], ...]) -> Parts:
@@ -356,7 +356,7 @@ def _unpack_parts(reader: "_Reader") -> tuple[bytes, ...]:
 
 def _increasing(numbers: Sequence[int]) -> None:
     if any(b <= a for a, b in pairwise(numbers)):
-        raise SecureSumError("a message lists a site twice or out of order: it was damaged or forged")
+        raise MalformedMessage("a message lists a site twice or out of order: it was damaged or forged")
 
 
 class _Reader:
@@ -368,7 +368,7 @@ class _Reader:
 
     def take(self, count: int) -> bytes:
         if count > len(self._view) - self._at:
-            raise SecureSumError("a message ends in the middle of a field: it was damaged or forged")
+            raise MalformedMessage("a message ends in the middle of a field: it was damaged or forged")
         self._at += count
         return bytes(self._view[self._at - count : self._at])
 
@@ -381,13 +381,12 @@ class _Reader:
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "big")
 
-    def values(self) -> NDArray[np.uint32]:
-        rest = len(self._view) - self._at
-        if rest == 0 or rest % 4:
-            raise SecureSumError(f"a vector of {rest} bytes is not made of 4-byte values: it was cut off or forged")
-        self._at += rest
-        return np.frombuffer(self._view, dtype="<u4", offset=self._at - rest)
+    def rest(self) -> NDArray[np.uint8]:
+        if self._at == len(self._view):
+            raise MalformedMessage("a vector is empty: it was cut off or forged")
+        start, self._at = self._at, len(self._view)
+        return np.frombuffer(self._view[start:], np.uint8)
 
     def finish(self) -> None:
         if self._at != len(self._view):
-            raise SecureSumError("a message has bytes left over: it was damaged or forged")
+            raise MalformedMessage("a message has bytes left over: it was damaged or forged")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from fedsam_core.errors import SecureSumError
 from fedsam_core.secagg.keys import KEY_BYTES, Entropy, Secret
+from fedsam_core.secagg.refusals import ForgedShares
 
 PRIME = (1 << 521) - 1
 SHARE_BYTES = 66
@@ -50,7 +51,7 @@ def weights(points: Sequence[int]) -> list[int]:
 def combine(shares: Sequence[bytes | bytearray], lagrange: Sequence[int]) -> Secret:
     """The secret from `threshold` shares and the `weights` of their points, in the same order.
 
-    Raises SecureSumError for shares that cannot belong to a 32-byte secret. That does not catch every wrong
+    Raises ForgedShares for shares that cannot belong to a 32-byte secret. That does not catch every wrong
     share: the caller still has to hold the secret against what its owner committed to.
     """
     total = 0
@@ -58,7 +59,7 @@ def combine(shares: Sequence[bytes | bytearray], lagrange: Sequence[int]) -> Sec
         total += weight * int.from_bytes(share, "big")
     total %= PRIME
     if total >> (8 * KEY_BYTES):
-        raise SecureSumError("shares do not fit together: at least one of them is wrong")
+        raise ForgedShares("shares do not fit together: at least one of them is wrong")
     return Secret(total.to_bytes(KEY_BYTES, "big"))
 
 

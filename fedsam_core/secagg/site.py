@@ -3,9 +3,9 @@ Learning" (CCS; eprint 2017/281), figure 4 with the steps for a malicious server
 
 A pure state machine: message in, message out, no I/O, no clock, no log. Each stage is entered once. The first message
 that is refused ends the attempt for this site and wipes its secrets: a server that sent one bad message gets no second
-try. Beyond the paper, a site signs *all* its messages, and what it confirms is not only who survived but also the keys
-it was shown and the peers it masked with, so that a server that told sites different stories gets no signatures
-that fit together.
+try. Masks depend on keys alone, so `deliver` makes them ahead, in another thread while the site trains. Beyond the
+paper, a site signs *all* its messages, and what it confirms is not only who survived but also the keys it was shown and
+the peers it masked with, so that a server that told sites different stories gets no signatures that fit together.
 """
 
 import os
@@ -35,6 +35,7 @@ from fedsam_core.secagg.keys import (
     seed_commitment,
     self_mask_key,
 )
+from fedsam_core.secagg.layout import VectorLayout
 from fedsam_core.secagg.masks import apply_masks
 from fedsam_core.secagg.messages import (
     KEY_SHARE,
@@ -52,6 +53,16 @@ from fedsam_core.secagg.messages import (
     expect,
     expect_signed,
 )
+from fedsam_core.secagg.packing import pack
+from fedsam_core.secagg.refusals import (
+    ForgedKeys,
+    ForgedShares,
+    ForgedSurvivors,
+    OutOfTurn,
+    TooFewSites,
+    UnfitValues,
+    UnknownSite,
+)
 from fedsam_core.secagg.shamir import SHARE_BYTES
 
 _NONCE = bytes(12)
@@ -64,6 +75,7 @@ class SiteState(Enum):
     NEW = "new"
     ADVERTISED = "keys advertised"
     SHARED = "shares sent"
+    READY = "mask made"
     MASKED = "masked vector sent"
     CONFIRMED = "survivors confirmed"
     DONE = "done"
@@ -73,23 +85,31 @@ class SiteState(Enum):
 class SiteSession:
     """One site in one attempt. Every method takes what the aggregator sent and gives the bytes of the answer.
 
-    Raises SecureSumError for a method out of order, and for any message that an honest aggregator and honest peers
-    would not send; the latter closes the session.
+    Raises OutOfTurn for a method out of order, and another of `refusals` for a message that an honest aggregator and
+    honest peers would not send; the latter closes the session.
     """
 
     def __init__(
-        self, attempt: Attempt, site_id: str, identity: Identity, roster: Roster, entropy: Entropy = os.urandom
+        self,
+        attempt: Attempt,
+        site_id: str,
+        identity: Identity,
+        roster: Roster,
+        layout: VectorLayout,
+        entropy: Entropy = os.urandom,
     ) -> None:
         attempt.require_private()
+        layout.require_covered(attempt.sites)
         self._index = attempt.index(site_id)
         for site in attempt.sites:
             roster.key(site)
         if roster.key(site_id) != identity.public:
-            raise SecureSumError(f"the roster pins another key for site {site_id!r} than its own: exchange keys again")
+            raise UnknownSite(f"the roster pins another key for site {site_id!r} than its own: exchange keys again")
         self._attempt = attempt
         self._site = site_id
         self._identity = identity
         self._roster = roster
+        self._layout = layout
         self._entropy = entropy
         self._context = attempt.digest()
         self._state = SiteState.NEW
@@ -100,6 +120,7 @@ class SiteSession:
         self._own_advertise = b""
         self._peers: dict[int, Advertise] = {}
         self._received: dict[int, dict[int, Secret]] = {}  # owner -> kind of share -> share
+        self._mask = np.empty(0, np.uint32)
         self._transcript = b""
         self._partners: set[int] = set()
         self._survivors: tuple[int, ...] = ()
@@ -145,36 +166,51 @@ class SiteSession:
             self._peers = {peer: body for peer, body in everyone.items() if peer != self._index}
             return self._signed(Shares(tuple(ciphertexts)))
 
-    def masked_input(self, delivered: bytes, vector: NDArray[np.uint32]) -> bytes:
-        """Stage 3: `vector` (uint32 [size], not changed) under this site's own mask and one for each remaining peer."""
-        with self._stage("masked_input", SiteState.SHARED, SiteState.MASKED):
-            if vector.dtype != np.uint32 or vector.ndim != 1 or vector.size == 0:
-                raise SecureSumError(f"a vector to mask must be uint32 [size], not {vector.dtype} {vector.shape}")
+    def deliver(self, delivered: bytes) -> None:
+        """Stage 3, ahead of the vector: the peers' shares; makes the sum of all masks. Takes as long as the vector is
+        long, and nothing in it depends on the vector."""
+        with self._stage("deliver", SiteState.SHARED, SiteState.READY):
             self._read_delivery(delivered)
             own = self_mask_key(self._seed, self._index, self._context)
             pairs = {
                 peer: pair_mask_key(self._mask_secret, self._index, peer, self._peers[peer].mask_key, self._context)
                 for peer in self._partners - {self._index}
             }
-            masked = vector.copy()
+            self._mask = np.zeros(self._layout.size, np.uint32)
             # Of two sites the one that comes first adds their common mask and the other takes it away.
             apply_masks(
-                masked,
+                self._mask,
                 plus=[own, *(key for peer, key in pairs.items() if self._index < peer)],
                 minus=[key for peer, key in pairs.items() if self._index > peer],
             )
             for secret in (own, *pairs.values(), self._seed, self._mask_secret, self._channel_secret):
                 secret.wipe()
-            return self._signed(MaskedInput(masked))
+
+    def masked_input(self, vector: NDArray[np.uint32]) -> bytes:
+        """Stage 3: `vector` (uint32 [size], not changed) under the masks."""
+        with self._stage("masked_input", SiteState.READY, SiteState.MASKED):
+            if vector.dtype != np.uint32 or vector.shape != self._mask.shape:
+                raise UnfitValues(
+                    f"a vector to mask must be {self._mask.size} values of uint32, not {vector.dtype} {vector.shape}"
+                )
+            self._mask += vector
+            message = self._signed(MaskedInput(pack(self._layout, self._mask)))
+            self._mask = np.empty(0, np.uint32)
+            return message
 
     def confirm(self, survivors: bytes) -> bytes:
         """Stage 4: this site's signature of the survivors and of all it was told before."""
         with self._stage("confirm", SiteState.MASKED, SiteState.CONFIRMED):
             _, body, _ = expect(survivors, Survivors, self._context)
-            self._require(self._index in body.sites, "is not among the survivors, though it sent its vector")
+            self._require(
+                self._index in body.sites, ForgedSurvivors, "is not among the survivors, though it sent its vector"
+            )
             strangers = set(body.sites) - self._partners
-            self._require(not strangers, f"was told of {len(strangers)} survivors that it shares no mask with")
+            self._require(
+                not strangers, ForgedSurvivors, f"was told of {len(strangers)} survivors that it shares no mask with"
+            )
             self._require_enough(len(body.sites), "survivors")
+            self._layout.require_covered(self._attempt.names(body.sites))
             self._survivors = body.sites
             self._statement = statement(self._transcript, self._partners, body.sites)
             return self._signed(Confirmation(self._statement))
@@ -207,7 +243,7 @@ class SiteSession:
     @contextmanager
     def _stage(self, method: str, due: SiteState, after: SiteState) -> Iterator[None]:
         if self._state is not due:
-            raise SecureSumError(f"site {self._site!r} refuses {method}: its state is {self._state.value!r}")
+            raise OutOfTurn(f"site {self._site!r} refuses {method}: its state is {self._state.value!r}")
         self._state = SiteState.CLOSED  # whatever happens inside, the stage is not entered twice
         try:
             yield
@@ -225,26 +261,30 @@ class SiteSession:
         everyone: dict[int, Advertise] = {}
         for part in advertised.parts:
             sender, body, _ = expect_signed(part, Advertise, self._context, self._attempt.sites, self._roster)
-            self._require(not everyone or sender > max(everyone), "was sent a site's keys twice or out of order")
+            self._require(
+                not everyone or sender > max(everyone), ForgedKeys, "was sent a site's keys twice or out of order"
+            )
             everyone[sender] = body
-        self._require(self._own_advertise in advertised.parts, "was sent a list of keys that lacks its own")
+        self._require(self._own_advertise in advertised.parts, ForgedKeys, "was sent a list of keys that lacks its own")
         self._require_enough(len(everyone), "sites with keys")
         public = [key for body in everyone.values() for key in (body.mask_key, body.channel_key)]
-        self._require(len(set(public)) == len(public), "was sent the same public key twice")
+        self._require(len(set(public)) == len(public), ForgedKeys, "was sent the same public key twice")
         return everyone
 
     def _read_delivery(self, data: bytes) -> None:
         _, delivery, _ = expect(data, Delivery, self._context)
-        self._require(delivery.recipient == self._index, "was sent the shares of another site")
+        self._require(delivery.recipient == self._index, ForgedShares, "was sent the shares of another site")
         self._require_enough(len(delivery.ciphertexts) + 1, "sites with shares")
         for peer, ciphertext in delivery.ciphertexts:
-            self._require(peer in self._peers, f"was sent shares of site number {peer}, which showed it no keys")
+            self._require(
+                peer in self._peers, ForgedShares, f"was sent shares of site number {peer}, which showed it no keys"
+            )
             key = channel_key(self._channel_secret, self._peers[peer].channel_key, peer, self._index, self._context)
             try:
                 plaintext = AESGCM(key.reveal()).decrypt(_NONCE, ciphertext, self._context)
             except InvalidTag:
                 name = self._attempt.sites[peer]
-                raise SecureSumError(f"site {self._site!r} cannot decrypt the shares of {name!r}: forged") from None
+                raise ForgedShares(f"site {self._site!r} cannot decrypt the shares of {name!r}: forged") from None
             finally:
                 key.wipe()
             self._received[peer] = {
@@ -258,23 +298,29 @@ class SiteSession:
         signers: set[int] = set()
         for part in confirmations.parts:
             sender, body, _ = expect_signed(part, Confirmation, self._context, self._attempt.sites, self._roster)
-            self._require(sender in self._survivors, "was sent a confirmation of a site that is no survivor")
-            self._require(sender not in signers, "was sent a site's confirmation twice")
+            self._require(
+                sender in self._survivors, ForgedSurvivors, "was sent a confirmation of a site that is no survivor"
+            )
+            self._require(sender not in signers, ForgedSurvivors, "was sent a site's confirmation twice")
             self._require(
                 body.statement == self._statement,
+                ForgedSurvivors,
                 f"was told another story of this attempt than {self._attempt.sites[sender]!r}",
             )
             signers.add(sender)
         self._require_enough(len(signers), "signatures of the survivors")
 
     def _require_enough(self, count: int, what: str) -> None:
-        self._require(count >= self._attempt.minimum, f"sees {count} {what}, fewer than {self._attempt.minimum}")
+        self._require(
+            count >= self._attempt.minimum, TooFewSites, f"sees {count} {what}, fewer than {self._attempt.minimum}"
+        )
 
-    def _require(self, holds: bool, complaint: str) -> None:
+    def _require(self, holds: bool, refusal: type[SecureSumError], complaint: str) -> None:
         if not holds:
-            raise SecureSumError(f"site {self._site!r} {complaint}: it leaves this attempt")
+            raise refusal(f"site {self._site!r} {complaint}: it leaves this attempt")
 
     def _wipe(self) -> None:
+        self._mask.fill(0)
         for secret in (self._mask_secret, self._channel_secret, self._seed):
             secret.wipe()
         for kinds in self._received.values():

@@ -34,6 +34,7 @@ def small_specs(prepared: PreparedCohort, selection: LayerSelection | None = Non
         SiteSpec(
             run=RUN,
             site=site,
+            sites=prepared.cohort.sites,
             seed=SEED,
             config_hash=CONFIG_HASH,
             cohort=prepared.root,
@@ -54,8 +55,9 @@ def small_federation(engine: Engine, spec: SiteSpec, classes: int = 2) -> tuple[
     manifest = adapt(segmenter, spec.selection)
     frozen = weights_hash(segmenter, manifest)
     federation = Federation(engine, manifest, classes, RUN, CONFIG_HASH, spec.federation, frozen)
-    federation.open()
-    return federation, shared_state(segmenter, manifest)
+    state = shared_state(segmenter, manifest)
+    federation.open(state)
+    return federation, state
 
 
 def run_small(engine: Engine, spec: SiteSpec) -> tuple[list[RoundReport], State, Scores]:

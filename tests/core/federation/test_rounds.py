@@ -10,11 +10,10 @@ from support.federations import run_small, small_cohort, small_federation, small
 from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import RoundError
 from fedsam_core.federation.engine import InProcessEngine, in_process
-from fedsam_core.federation.lanes import layout_of
 from fedsam_core.federation.rounds import run_rounds
 from fedsam_core.federation.site import FederatedSite
 from fedsam_core.learning.learner import Fit, Learner
-from fedsam_core.secagg.quantize import encode
+from fedsam_core.secagg.quantize import Encoder
 
 
 class Recording:
@@ -71,18 +70,24 @@ def test_the_new_state_is_the_weighted_mean_of_the_updates(prepared: PreparedCoh
     assert slices == pytest.approx(
         sum(len(prepared.load(case.id).image) for case in prepared.cohort.select(split="train")), abs=0.01
     )
-    new, total = federation.train(state, 1, slices)
+    new, update, total = federation.train(state, 1, slices)
     weights = np.array([fit.slices for fit in fits.values()], dtype=np.float64)
     updates = np.stack([fit.update.astype(np.float64) for fit in fits.values()])
     expected = (weights[:, None] * updates).sum(axis=0) / weights.sum()
-    layout = layout_of("update", 3, federation.manifest.shared_size, 2, specs[0].federation.update_clip)
-    bound = layout.error_bound("update", 3)
+    bound = update.precision.bound
+    assert update.precision.rms < update.precision.largest < bound
+    assert update.precision.cut == 0
     flat = federation.manifest.flatten
     assert np.abs(expected).max() > 1000 * bound
-    np.testing.assert_allclose(total.lanes["update"], (weights[:, None] / slices * updates).sum(axis=0), atol=bound)
+    np.testing.assert_allclose(update.mean, expected, rtol=0, atol=bound * (1 + 1e-6))
+    # The error that sites measured themselves is the one that is there.
+    assert np.abs(update.mean - expected).max() <= update.precision.largest * 1.001 + 1e-12
     np.testing.assert_allclose(flat(new) - flat(state).astype(np.float64), expected, atol=2 * bound + 1e-6)
     loss = np.average([fit.loss for fit in fits.values()], weights=weights)
-    assert total.lanes["loss"][0] / total.lanes["weight"][0] == pytest.approx(loss, abs=1e-5)
+    assert update.loss == pytest.approx(loss, abs=1e-5)
+    assert total.contributors == ("site-a", "site-b", "site-c")
+    pooled = [sum(one) for one in zip(*[(f.dice_numerator, f.dice_denominator) for f in fits.values()], strict=True)]
+    np.testing.assert_allclose(update.dice, pooled[0] / pooled[1], atol=1e-4)
 
 
 def shows(message: bytes, vector: np.ndarray) -> bool:
@@ -90,7 +95,7 @@ def shows(message: bytes, vector: np.ndarray) -> bool:
 
     Every value of a short vector and of the last lanes (weight, loss) is looked for, of a long one every 500th.
     """
-    places = range(vector.size - 1) if vector.size < 100 else [*range(0, vector.size - 3, 500), vector.size - 2]
+    places = range(vector.size - 1) if vector.size < 1000 else [*range(0, vector.size - 3, 500), vector.size - 2]
     parts = [vector[at : at + 2] for at in places] if vector.size > 1 else [vector]
     return any(part.astype(order).tobytes() in message for part in parts if part.any() for order in ("<u4", ">u4"))
 
@@ -99,15 +104,17 @@ def contributions(prepared: PreparedCohort, monkeypatch: pytest.MonkeyPatch, sec
     """All sums of a short run: (method, site, every message of that site in that sum, its vector before masking)."""
     vectors: list[np.ndarray] = []
 
-    def remember(*args: Any) -> np.ndarray:
-        vectors.append(encode(*args))
+    filled = Encoder.vector
+
+    def remember(self: Encoder) -> np.ndarray:
+        vectors.append(filled(self).copy())
         return vectors[-1].copy()
 
-    monkeypatch.setattr("fedsam_core.federation.site.encode", remember)
+    monkeypatch.setattr(Encoder, "vector", remember)
     specs = small_specs(prepared, secure_sum=secure_sum)
     engine = Recording(in_process(specs, FederatedSite))
     federation, state = small_federation(engine, specs[0])
-    state, _ = federation.train(state, 1, federation.total_slices())
+    state, _, _ = federation.train(state, 1, federation.total_slices())
     federation.score(state, "test", 1, pictures=True)
     found, messages = [], {site: [] for site in engine.sites}
     for method, site, reply in engine.replies:
@@ -119,7 +126,7 @@ def contributions(prepared: PreparedCohort, monkeypatch: pytest.MonkeyPatch, sec
         messages[site].append(reply)
         if method in ("weigh", "fit", "score"):
             found.append((method, site, messages[site], vectors[len(found)]))
-    assert len(found) == len(vectors) == 9
+    assert len(found) == len(vectors) == 9  # one a site and sum
     told = [reply for method, _, reply in engine.replies if method == "disclose"]
     assert all(set(reply) == {"summary", "picture"} for reply in told)
     assert not [case.id for case in prepared.cohort.cases if case.id in repr([reply["summary"] for reply in told])]
@@ -218,7 +225,7 @@ def test_a_site_whose_training_diverges_sends_nothing_and_is_named(
 def test_an_update_over_the_clip_is_refused_not_saturated(prepared: PreparedCohort) -> None:
     specs = small_specs(prepared, update_clip=1e-6)
     federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
-    with pytest.raises(RoundError, match=r"lane 'update' holds .* over its clip"):
+    with pytest.raises(RoundError, match=r"the update holds a change of .*, over federation.update_clip"):
         run_rounds(federation, state, lambda *_: None)
 
 
@@ -229,10 +236,10 @@ def test_a_restarted_site_is_back_in_the_next_round(tmp_path: Path) -> None:
     federation, state = small_federation(engine, specs[0])
     slices = federation.total_slices()
     engine._sites["site-b"] = FederatedSite(specs[1])  # its memory is gone, as after a crash
-    state, total = federation.train(state, 1, slices)
+    state, _, total = federation.train(state, 1, slices)
     assert total.contributors == ("site-a", "site-c", "site-d")
     assert total.lost == {"site-b": "site site-b is not open (it may have been restarted)"}
-    _, total = federation.train(state, 2, slices)
+    _, _, total = federation.train(state, 2, slices)
     assert total.contributors == ("site-a", "site-b", "site-c", "site-d")
 
 

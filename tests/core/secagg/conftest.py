@@ -10,8 +10,10 @@ import pytest
 from fedsam_core.secagg import (
     AggregatorSession,
     Attempt,
+    Lane,
     PlainAggregator,
     SiteSession,
+    VectorLayout,
     default_threshold,
     development_roster,
     plain_input,
@@ -48,6 +50,7 @@ class Consortium:
     threshold: int | None = None
     attempt_number: int = 0
     size: int = 64
+    layout: VectorLayout | None = None
     seed: str = "x"
     lost: dict[str, tuple[str, str]] = field(default_factory=dict)
     model_hashes: dict[str, str] = field(default_factory=dict)
@@ -55,11 +58,12 @@ class Consortium:
     def __post_init__(self) -> None:
         self.sites = tuple(f"site{i}" for i in range(self.n))
         self.roster, self.identities = development_roster(self.sites, repeatable("identities"))
+        self.layout = self.layout or VectorLayout((Lane("a", self.size, 1.0),), self.n)
         self.attempt = self.make_attempt("model")
-        self.aggregator = AggregatorSession(self.attempt, self.roster, self.size)
+        self.aggregator = AggregatorSession(self.attempt, self.roster, self.layout)
         self.sessions = {site: self.make_session(site) for site in self.sites}
         generator = np.random.default_rng(7)
-        self.vectors = {site: generator.integers(0, 2**32, self.size, dtype=np.uint32) for site in self.sites}
+        self.vectors = {site: generator.integers(0, 2**32, self.layout.size, dtype=np.uint32) for site in self.sites}
         self.sent: dict[str, dict[str, bytes]] = {stage: {} for stage in STAGES}
         self.broadcast: dict[str, bytes | dict[str, bytes]] = {}
 
@@ -69,7 +73,8 @@ class Consortium:
 
     def make_session(self, site: str) -> SiteSession:
         attempt = self.make_attempt(self.model_hashes.get(site, "model"))
-        return SiteSession(attempt, site, self.identities[site], self.roster, repeatable(f"{self.seed}/{site}"))
+        entropy = repeatable(f"{self.seed}/{site}")
+        return SiteSession(attempt, site, self.identities[site], self.roster, self.layout, entropy)
 
     def call(self, stage: str, site: str, incoming: bytes | dict[str, bytes] | None) -> bytes:
         session = self.sessions[site]
@@ -78,7 +83,8 @@ class Consortium:
         if stage == "share":
             return session.share(incoming)
         if stage == "masked":
-            return session.masked_input(incoming[site], self.vectors[site])
+            session.deliver(incoming[site])
+            return session.masked_input(self.vectors[site])
         return session.confirm(incoming) if stage == "confirm" else session.unmask(incoming)
 
     def receive(self, stage: str, site: str, message: bytes) -> None:
@@ -131,9 +137,10 @@ class Consortium:
 
     def plain(self, contributors: tuple[str, ...]):
         attempt = Attempt("run", 3, 0, "layout", "config", "model", self.sites, 1)
-        aggregator = PlainAggregator(attempt, self.roster, self.size)
+        aggregator = PlainAggregator(attempt, self.roster, self.layout)
         for site in contributors:
-            aggregator.receive_plain(site, plain_input(attempt, site, self.identities[site], self.vectors[site]))
+            message = plain_input(attempt, site, self.identities[site], self.layout, self.vectors[site])
+            aggregator.receive_plain(site, message)
         return aggregator.total()
 
 

@@ -22,33 +22,49 @@ from fedsam_core.secagg import (
     encode,
     plain_input,
 )
+from fedsam_core.secagg.messages import Survivors, encode_broadcast
+from fedsam_core.secagg.refusals import BareLane, OutOfTurn, TooFewSites
 
 STAGES = ("advertise", "share", "masked", "confirm", "unmask")
 MOMENTS = [(stage, when) for stage in STAGES for when in ("before", "during", "after")]
-LAYOUT = VectorLayout((Lane("update", 60, 0.5), Lane("weight", 1, 100.0), Lane("loss", 1, 10.0)), max_sites=10)
+FOUR = VectorLayout((Lane("a", 4, 1.0),), max_sites=6)
+UPDATE = 61  # odd: the last value of 20 bits fills no whole byte
 
 
-def real_values(sites) -> dict[str, dict[str, np.ndarray]]:
+def layout_of(n: int, bits: int = 32) -> VectorLayout:
+    """Parameters in that ring, weight and loss in the widest one, and a lane that the last site has no part in."""
+    sites = tuple(f"site{i}" for i in range(n))
+    lanes = [Lane("update", UPDATE, 0.5, bits), Lane("weight", 1, 100.0), Lane("loss", 1, 10.0)]
+    return VectorLayout((*lanes, Lane("some", 5, 1.0, bits, sites[:-1])) if n > 5 else tuple(lanes), max_sites=n)
+
+
+def real_values(sites, layout) -> dict[str, dict[str, np.ndarray]]:
     generator = np.random.default_rng(11)
-    return {
-        site: {
-            "update": generator.normal(0, 0.1, 60),
-            "weight": generator.uniform(0, 100, 1),
-            "loss": generator.uniform(0, 10, 1),
-        }
-        for site in sites
-    }
+    values = {}
+    for site in sites:
+        values[site] = {lane.name: generator.uniform(-lane.clip, lane.clip, lane.size) for lane in layout.lanes}
+        for lane in layout.lanes:
+            if lane.sites and site not in lane.sites:
+                values[site][lane.name] = np.zeros(lane.size)
+    return values
 
 
-def check(consortium, n: int, threshold: int | None, lost: dict[str, tuple[str, str]]) -> None:
-    parties = consortium(n, threshold=threshold, size=LAYOUT.size, lost=lost)
-    values = real_values(parties.sites)
-    parties.vectors = {site: encode(LAYOUT, values[site], seed=i) for i, site in enumerate(parties.sites)}
-    enough = n - sum(moment != ("unmask", "after") for moment in lost.values()) >= parties.attempt.minimum
-    if not enough:
-        with pytest.raises(SecureSumError, match=f"sites that are needed are left.*lost: .*{next(iter(lost))}"):
+def survives(n: int, minimum: int, lost: dict[str, tuple[str, str]]) -> bool:
+    """Whether enough sites are left after every stage; one that is lost after the last answer harms nothing."""
+    return n - sum(moment != ("unmask", "after") for moment in lost.values()) >= minimum
+
+
+def check(
+    consortium, n: int, threshold: int | None, lost: dict[str, tuple[str, str]], bits: int = 32, twice: bool = False
+) -> None:
+    layout = layout_of(n, bits)
+    parties = consortium(n, threshold=threshold, layout=layout, lost=lost)
+    values = real_values(parties.sites, layout)
+    parties.vectors = {site: encode(layout, values[site], seed=i) for i, site in enumerate(parties.sites)}
+    if not survives(n, parties.attempt.minimum, lost):
+        with pytest.raises(TooFewSites, match=f"sites that are needed are left.*lost: .*{next(iter(lost))}"):
             parties.run()
-        with pytest.raises(SecureSumError, match="failed"):
+        with pytest.raises(OutOfTurn, match="failed"):
             parties.aggregator.total()
         return
     total, contributors = parties.run()
@@ -57,34 +73,66 @@ def check(consortium, n: int, threshold: int | None, lost: dict[str, tuple[str, 
     plain, plain_contributors = parties.plain(contributors)
     assert plain_contributors == contributors
     np.testing.assert_array_equal(total, plain)
-    decoded = decode_sum(LAYOUT, total, len(contributors))
-    for lane in LAYOUT.lanes:
+    decoded = decode_sum(layout, total, contributors)
+    for lane in layout.lanes:
         truth = np.sum([values[site][lane.name] for site in contributors], axis=0)
-        assert np.abs(decoded[lane.name] - truth).max() <= LAYOUT.error_bound(lane.name, len(contributors))
+        bound = layout.error_bound(lane.name, layout.contributors(lane, contributors))
+        assert np.abs(decoded[lane.name] - truth).max() <= bound
+    if not twice:
+        return
+    # Other keys, other masks, the same bits.
+    again = consortium(n, threshold=threshold, layout=layout, lost=lost, seed="other", attempt_number=1)
+    again.vectors = parties.vectors
+    np.testing.assert_array_equal(again.run()[0], total)
 
 
+@pytest.mark.parametrize("bits", [16, 20, 24, 32])
 @pytest.mark.parametrize("n", [3, 4, 6, 10])
-def test_nobody_lost(consortium, n):
-    check(consortium, n, None, {})
+def test_nobody_lost(consortium, n, bits):
+    check(consortium, n, None, {}, bits)
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids="-".join)
-@pytest.mark.parametrize(("n", "site"), [(3, "site1"), (4, "site0"), (4, "site3"), (6, "site2")])
-def test_one_site_lost(consortium, n, site, moment):
-    check(consortium, n, None, {site: moment})
+@pytest.mark.parametrize("n", [3, 4, 6, 10])
+def test_one_site_lost(consortium, n, moment):
+    for bits, site in ((32, 0), (16, n // 2), (20, n - 1)):
+        check(consortium, n, None, {f"site{site}": moment}, bits, twice=True)
 
 
-@pytest.mark.parametrize(
-    "second", [("advertise", "during"), ("share", "after"), ("masked", "after"), ("confirm", "after")]
-)
-@pytest.mark.parametrize("first", MOMENTS[::2], ids="-".join)
-def test_two_sites_lost(consortium, first, second):
-    check(consortium, 6, 4, {"site1": first, "site4": second})
-    check(consortium, 6, None, {"site1": first, "site4": second})
+@pytest.mark.parametrize("first", MOMENTS, ids="-".join)
+@pytest.mark.parametrize("n", [4, 6, 10])
+def test_two_sites_lost_at_any_two_moments(consortium, n, first):
+    for second in MOMENTS:
+        # With the default threshold, and with the lowest that is allowed: the second survives more.
+        for threshold in (None, n // 2 + 1):
+            check(consortium, n, threshold, {"site1": first, f"site{n - 2}": second})
 
 
-def test_a_third_of_ten_lost_while_vectors_were_due(consortium):
-    check(consortium, 10, None, dict.fromkeys(["site0", "site5", "site9"], ("share", "after")))
+@pytest.mark.parametrize("lost", [3, 4])
+def test_as_many_of_ten_lost_as_the_threshold_allows_and_one_more(consortium, lost):
+    for stage in ("advertise", "share", "masked", "confirm"):
+        check(consortium, 10, None, dict.fromkeys(["site0", "site5", "site9", "site2"][:lost], (stage, "after")))
+
+
+def test_a_lane_of_too_few_survivors_is_laid_bare_by_nobody(consortium):
+    """Four of six sites adapt a layer; two of these four are lost: the layer's sum would be that of two."""
+    lanes = (Lane("all", 8, 1.0), Lane("some", 4, 1.0, sites=("site0", "site1", "site2", "site3")))
+    layout = VectorLayout(lanes, max_sites=6)
+    one_lost = consortium(6, threshold=4, layout=layout, lost={"site2": ("share", "after")})
+    assert len(one_lost.run()[1]) == 5
+    parties = consortium(6, threshold=4, layout=layout, lost=dict.fromkeys(["site1", "site2"], ("share", "after")))
+    with pytest.raises(BareLane, match=r"lane 'some' would be the sum of 2 sites, fewer than 3"):
+        parties.run()
+    # The sites refuse by themselves, whatever the aggregator thinks of it.
+    parties = consortium(6, threshold=4, layout=layout, lost=dict.fromkeys(["site1", "site2"], ("share", "after")))
+    parties.run(until="masked")
+    message = encode_broadcast(Survivors((0, 3, 4, 5)), parties.attempt.digest())
+    with pytest.raises(BareLane, match=r"lane 'some'"):
+        parties.sessions["site0"].confirm(message)
+    with pytest.raises(BareLane, match=r"lane 'few' would be the sum of 2 sites"):
+        consortium(6, layout=VectorLayout((Lane("few", 4, 1.0, sites=("site0", "site1")),), 6))
+    with pytest.raises(BareLane, match=r"sum of 4 sites, fewer than 5"):
+        consortium(4, layout=VectorLayout((Lane("all", 4, 1.0),), 4, min_contributors=5))
 
 
 def test_a_late_site_cannot_come_back(consortium):
@@ -118,7 +166,7 @@ def test_fresh_keys_and_masks_by_default():
     sites = ("a", "b", "c")
     roster, identities = development_roster(sites)
     attempt = Attempt("run", 0, 0, "l", "c", "m", sites, 3)
-    adverts = {SiteSession(attempt, "a", identities["a"], roster).advertise()[48:144] for _ in range(3)}
+    adverts = {SiteSession(attempt, "a", identities["a"], roster, FOUR).advertise()[48:144] for _ in range(3)}
     assert len(adverts) == 3
 
 
@@ -142,19 +190,21 @@ def test_fewer_than_three_sites_are_refused_but_can_sum_in_the_plain(sites):
     roster, identities = development_roster(sites)
     attempt = Attempt("run", 0, 0, "l", "c", "m", sites, default_threshold(len(sites)))
     with pytest.raises(SecureSumError, match="at least 3 sites"):
-        AggregatorSession(attempt, roster, 4)
+        AggregatorSession(attempt, roster, FOUR)
     with pytest.raises(SecureSumError, match="at least 3 sites"):
-        SiteSession(attempt, "a", identities["a"], roster)
-    aggregator = PlainAggregator(attempt, roster, 4)
+        SiteSession(attempt, "a", identities["a"], roster, FOUR)
+    aggregator = PlainAggregator(attempt, roster, FOUR)
     for site in sites:
-        aggregator.receive_plain(site, plain_input(attempt, site, identities[site], np.ones(4, np.uint32)))
+        aggregator.receive_plain(site, plain_input(attempt, site, identities[site], FOUR, np.ones(4, np.uint32)))
     assert aggregator.total()[0].tolist() == [len(sites)] * 4
 
 
 def test_plain_sum_refuses_what_it_must(consortium):
     parties = consortium(3)
-    aggregator = PlainAggregator(parties.attempt, parties.roster, parties.size)
-    message = plain_input(parties.attempt, "site0", parties.identities["site0"], parties.vectors["site0"])
+    aggregator = PlainAggregator(parties.attempt, parties.roster, parties.layout)
+    message = plain_input(
+        parties.attempt, "site0", parties.identities["site0"], parties.layout, parties.vectors["site0"]
+    )
     with pytest.raises(SecureSumError, match="in the name of"):
         aggregator.receive_plain("site1", message)
     with pytest.raises(SecureSumError, match="not signed"):
@@ -162,8 +212,8 @@ def test_plain_sum_refuses_what_it_must(consortium):
     aggregator.receive_plain("site0", message)
     with pytest.raises(SecureSumError, match="twice"):
         aggregator.receive_plain("site0", message)
-    with pytest.raises(SecureSumError, match="values where"):
-        PlainAggregator(parties.attempt, parties.roster, 3).receive_plain("site0", message)
+    with pytest.raises(SecureSumError, match="bytes came where"):
+        PlainAggregator(parties.attempt, parties.roster, FOUR).receive_plain("site0", message)
     with pytest.raises(SecureSumError, match="only 1 of the 3"):
         aggregator.total()
 
@@ -181,7 +231,7 @@ def test_a_threshold_that_lets_two_groups_open_two_sums_is_refused():
     sites = tuple("abcdef")
     roster, _ = development_roster(sites)
     with pytest.raises(SecureSumError, match="threshold 3 of 6"):
-        AggregatorSession(Attempt("run", 0, 0, "l", "c", "m", sites, 3), roster, 4)
+        AggregatorSession(Attempt("run", 0, 0, "l", "c", "m", sites, 3), roster, FOUR)
 
 
 def test_every_field_of_the_attempt_is_in_its_digest():

@@ -1,0 +1,341 @@
+"""Replays the record of a run: who took part, what they signed, and whether the stored states follow from the sums.
+
+What a record can prove and what not: the signatures show that every listed site sent the listed messages of that very
+attempt (run, round, layout, configuration, global state) and confirmed that set of survivors. The stored sums give the
+global states again, bit for bit. That a sum is really that of the masked vectors rests on the aggregator, which does
+not keep them; each site can compare the hash of its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Literal
+
+import numpy as np
+
+from fedsam_core.errors import FedsamError
+from fedsam_core.federation.config import FederationConfig
+from fedsam_core.federation.lanes import Task, attempt_from_dict, layout_of, read_update, sum_hash
+from fedsam_core.federation.rounds import State, apply_update
+from fedsam_core.federation.state import state_hash
+from fedsam_core.secagg.attempt import PROTOCOL, Attempt
+from fedsam_core.secagg.keys import Roster, fingerprint
+from fedsam_core.secagg.layout import VectorLayout
+from fedsam_core.secagg.messages import Advertise, Advertised, Confirmation, encode_broadcast, expect_signed, seal
+from fedsam_core.secagg.packing import unpack
+from fedsam_core.secagg.quantize import decode_sum
+from fedsam_core.secagg.record import read_chain
+from fedsam_core.secagg.site import statement
+from fedsam_core.selection import ParameterManifest
+
+Status = Literal["ok", "failed", "not checked"]
+Entry = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: what was looked at, how it came out, and in a line what was seen."""
+
+    what: str
+    status: Status
+    detail: str
+
+
+@dataclass
+class Stored:
+    """What a run left behind, besides its record.
+
+    Attributes:
+        manifest: of the run.
+        initial: reads the global state before the first round; None where it is not kept.
+        final: reads the last global state, and the notes in the header of its file.
+        read_sum: bytes of the sum with that entry number; None where it is not kept.
+    """
+
+    manifest: ParameterManifest
+    initial: Callable[[], State | None]
+    final: Callable[[], tuple[State, Mapping[str, str]]]
+    read_sum: Callable[[int], bytes | None]
+
+
+class _Wrong(Exception):
+    """A check that failed; the message is its detail."""
+
+
+def verify(lines: Sequence[bytes], stored: Stored, pinned: Roster | None) -> list[Check]:
+    """All checks of a record, in the order of its making. Never raises for what a record holds.
+
+    Args:
+        lines: of the record.
+        stored: the files beside it.
+        pinned: the consortium's roster, from somewhere else than the run; None to take the record's own keys.
+    """
+    checks: list[Check] = []
+
+    def check(what: str, look: Callable[[], str]) -> bool:
+        try:
+            checks.append(Check(what, "ok", look()))
+            return True
+        except (_Wrong, FedsamError) as error:
+            detail = str(error)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            detail = f"an entry is malformed ({type(error).__name__}: {error})"
+        checks.append(Check(what, "failed", detail))
+        return False
+
+    replay = _Replay(stored, pinned)
+    if not check("chain", lambda: replay.read(lines)):
+        return checks
+    if not check("run", replay.run):
+        return checks
+    check("keys", replay.keys)
+    check("attempts", replay.attempts)
+    check("signatures", replay.signatures)
+    if replay.masked:
+        check("survivors", replay.survivors)
+    check("sums", replay.sums)
+    check("states", replay.states)
+    check("checkpoint", replay.checkpoint)
+    check("head", replay.head_of_checkpoint)
+    return checks + [Check(what, "not checked", why) for what, why in replay.unchecked.items()]
+
+
+@dataclass
+class _Replay:
+    stored: Stored
+    pinned: Roster | None
+    unchecked: dict[str, str] = field(default_factory=dict)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
+    rosters: dict[int, Roster] = field(default_factory=dict)  # by the entry that they hold from
+    last_state: str = ""
+
+    def read(self, lines: Sequence[bytes]) -> str:
+        self.entries, head = read_chain(lines)
+        self.heads = [sha256(line).hexdigest() for line in lines]
+        self.unchecked["head outside"] = (
+            f"that nobody wrote the whole record anew: compare its head {head} with the run's MLflow tag "
+            "fedsam.record_head, or with what a site has noted down"
+        )
+        return f"{len(self.entries)} entries, each holds the hash of the one before; head {head[:16]}"
+
+    @property
+    def masked(self) -> bool:
+        return bool(self.only("run")[0]["secure_sum"] == "masked")
+
+    def only(self, *kinds: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries if entry["kind"] in kinds]
+
+    def head_of_checkpoint(self) -> str:
+        noted = self.stored.final()[1].get("record_head", "")
+        if noted not in self.heads:
+            raise _Wrong(f"the checkpoint was written after entry {noted[:16] or '-'}, which is not in the record")
+        later = [e for e in self.entries[self.heads.index(noted) + 1 :] if e["kind"] == "state"]
+        if later:
+            raise _Wrong(f"the record goes on to round {later[-1]['round']}, the checkpoint does not")
+        return "the checkpoint names an entry of this record, and no later state follows"
+
+    def run(self) -> str:
+        first = self.only("run")
+        if len(first) != 1:
+            raise _Wrong(f"the record has {len(first)} beginnings of a run")
+        if first[0]["protocol"] != PROTOCOL:
+            raise _Wrong(f"the run spoke {first[0]['protocol']}, this program {PROTOCOL}: use the run's release")
+        if first[0]["layout_hash"] != self.stored.manifest.layout_hash:
+            raise _Wrong("manifest.json is not that of the run: its layout hash differs")
+        self.unchecked["training"] = "what sites trained on, and that their updates are honest: no record can show it"
+        if not self.masked:
+            self.unchecked["privacy"] = "this run used the plain sum: the aggregator saw every update"
+        else:
+            self.unchecked["masked vectors"] = (
+                "that the sums are those of the masked vectors, which are not kept; their hashes are, and each site "
+                "signed its own"
+            )
+        return f"{first[0]['run']}, version {first[0]['version']}, manifest as recorded"
+
+    def keys(self) -> str:
+        for entry in self.only("roster"):
+            told = Roster({site: bytes.fromhex(key) for site, key in entry["keys"].items()})
+            for site, key in told.keys.items():
+                if self.pinned is not None and self.pinned.key(site) != key:
+                    raise _Wrong(f"the run took another key for site {site!r} than the given roster pins")
+            self.rosters[entry["sequence"]] = self.pinned or told
+        if not self.rosters:
+            raise _Wrong("the record has no keys")
+        count = len(self.only("roster")[-1]["keys"])
+        if self.pinned is not None:
+            return f"all {count} sites have the keys of the given roster (fingerprint {self.pinned.hash[:16]})"
+        self.unchecked["identities"] = (
+            "that the keys belong to these hospitals: they were taken from the record itself; give the consortium's "
+            "roster with --roster"
+        )
+        return f"{count} sites, keys as the record lists them"
+
+    def attempts(self) -> str:
+        run, last = self.only("run")[0], 0
+        entries = self.only("sum", "failed")
+        for entry in entries:
+            attempt = attempt_from_dict(entry["attempt"])
+            if attempt.attempt <= last:
+                raise _Wrong(f"entry {entry['sequence']}: attempt {attempt.attempt} follows attempt {last}")
+            last = attempt.attempt
+            if (attempt.run, attempt.config_hash) != (run["run"], run["config_hash"]):
+                raise _Wrong(f"entry {entry['sequence']} is of another run or configuration")
+        failed = len(self.only("failed"))
+        return f"{len(entries)} sums, each with keys of its own; {failed} came to nothing and were tried again"
+
+    def signatures(self) -> str:
+        count = 0
+        for entry in self.only("sum", "failed"):
+            roster, attempt = self.roster_at(entry), attempt_from_dict(entry["attempt"])
+            seen: set[tuple[str, str]] = set()
+            for message in entry["messages"]:
+                site, kind = message["site"], message["kind"]
+                attempt.index(site)
+                if (site, kind) in seen:
+                    raise _Wrong(f"entry {entry['sequence']}: site {site!r} has two messages {kind}")
+                seen.add((site, kind))
+                try:
+                    roster.verify(site, bytes.fromhex(message["signature"]), seal(bytes.fromhex(message["digest"])))
+                except FedsamError as error:
+                    raise _Wrong(f"entry {entry['sequence']}, {kind} of site {site!r}: {error}") from None
+                count += 1
+        return f"{count} signatures hold"
+
+    def survivors(self) -> str:
+        for entry in self.only("sum"):
+            self._survivors(entry)
+        return f"in all {len(self.only('sum'))} sums the sites signed for the survivors and keys that are recorded"
+
+    def _survivors(self, entry: Entry) -> None:
+        where = f"entry {entry['sequence']}"
+        attempt, roster, course = attempt_from_dict(entry["attempt"]), self.roster_at(entry), entry["course"]
+        context = attempt.digest()
+        by_kind: dict[str, dict[str, Entry]] = {}
+        for message in entry["messages"]:
+            by_kind.setdefault(message["kind"], {})[message["site"]] = message
+        adverts = {}
+        for site, message in by_kind["Advertise"].items():
+            data = bytes.fromhex(message["message"])
+            sender, _, _ = expect_signed(data, Advertise, context, attempt.sites, roster)
+            if attempt.sites[sender] != site:
+                raise _Wrong(f"{where}: keys of site {site!r} are those of {attempt.sites[sender]!r}")
+            adverts[sender] = data
+        told = encode_broadcast(Advertised(tuple(adverts[index] for index in sorted(adverts))), context)
+        survivors = tuple(attempt.index(site) for site in course["survivors"])
+        partners = {attempt.index(site) for site in course["partners"]}
+        expected = statement(fingerprint(b"advertised", told), partners, survivors)
+        if expected.hex() != course["statement"]:
+            raise _Wrong(f"{where}: the statement does not follow from the recorded keys, partners and survivors")
+        if set(by_kind["MaskedInput"]) != set(course["survivors"]):
+            raise _Wrong(f"{where}: the survivors are not the sites whose vectors came")
+        if entry["contributors"] != course["survivors"]:
+            raise _Wrong(f"{where}: the sum is said to be of {entry['contributors']}")
+        signed = 0
+        for site, message in by_kind["Confirmation"].items():
+            data = bytes.fromhex(message["message"])
+            sender, body, _ = expect_signed(data, Confirmation, context, attempt.sites, roster)
+            if attempt.sites[sender] != site or sender not in survivors or body.statement != expected:
+                raise _Wrong(f"{where}: site {site!r} confirmed something else")
+            signed += 1
+        if signed < attempt.minimum or len(by_kind.get("Unmask", {})) < attempt.minimum:
+            raise _Wrong(f"{where}: only {signed} sites confirmed, {attempt.minimum} are needed")
+        VectorLayout.from_dict(entry["layout"]).require_covered(course["survivors"])
+
+    def sums(self) -> str:
+        kept = missing = 0
+        config, classes = self._config(), self.only("run")[0]["classes"]
+        for entry in self.only("sum"):
+            attempt, task = attempt_from_dict(entry["attempt"]), Task.model_validate(entry["task"])
+            layout = layout_of(task, len(attempt.sites), self.stored.manifest, classes, config)
+            if layout != VectorLayout.from_dict(entry["layout"]):
+                raise _Wrong(f"entry {entry['sequence']}: the lanes are not those of the run's configuration")
+            if sum_hash(self.stored.manifest, layout, task) != attempt.layout_hash:
+                raise _Wrong(f"entry {entry['sequence']}: the sites signed for other lanes or another task")
+            packed = self.packed(entry)
+            if packed is None:
+                missing += 1
+                continue
+            if sha256(packed).hexdigest() != entry["sum"]["sha256"]:
+                raise _Wrong(f"entry {entry['sequence']}: the stored sum is not the recorded one")
+            decode_sum(layout, unpack(layout, packed), entry["contributors"])
+            kept += 1
+        if missing:
+            self.unchecked["unkept sums"] = f"{missing} sums that were not kept (federation.keep_sums=false)"
+        return f"{kept} sums are as recorded, and none is beyond what its sites can reach"
+
+    def states(self) -> str:
+        """Global states follow from the sums, and every sum's sites signed for the state of its round."""
+        config, state = self._config(), self.stored.initial()
+        clips: dict[str, float] | None = None
+        first = self.only("state")[0]
+        self.last_state = first["state_hash"]
+        if state is not None and state_hash(self.stored.manifest, state) != self.last_state:
+            raise _Wrong("the initial state is not the recorded one")
+        repeated = 0
+        rounds: dict[int, str] = {}
+        for entry in self.entries:
+            where = f"entry {entry['sequence']}"
+            if entry["kind"] in ("sum", "failed"):
+                attempt, task = attempt_from_dict(entry["attempt"]), entry["task"]
+                if task["purpose"] != "weights" and attempt.model_hash != self.last_state:
+                    raise _Wrong(f"{where}: the sites signed for another global state than the recorded one")
+                if task["purpose"] == "update" and state is not None and task["clips"] != clips:
+                    raise _Wrong(f"{where}: the clips do not follow from the sum before")
+            elif entry["kind"] == "state" and entry["round"] > 0:
+                source = self.entries[entry["sum"]]
+                self._of_round(source, entry, rounds)
+                packed = self.packed(source)
+                if state is not None and packed is not None:
+                    layout = VectorLayout.from_dict(source["layout"])
+                    lanes = decode_sum(layout, unpack(layout, packed), source["contributors"])
+                    update = read_update(layout, lanes, source["contributors"], self.stored.manifest, config)
+                    state, clips = apply_update(self.stored.manifest, state, update), update.clips
+                    if state_hash(self.stored.manifest, state) != entry["state_hash"]:
+                        raise _Wrong(f"round {entry['round']}: the recorded state does not follow from the sum")
+                    repeated += 1
+                else:
+                    state = None
+                self.last_state = entry["state_hash"]
+        total = len(rounds)
+        if repeated < total:
+            self.unchecked["all states"] = f"{total - repeated} of {total} rounds: a sum or the first state is missing"
+        return f"{repeated} of {total} rounds repeated bit for bit from their sums"
+
+    def checkpoint(self) -> str:
+        final, note = self.stored.final()
+        found = state_hash(self.stored.manifest, final)
+        if found != self.last_state:
+            raise _Wrong(f"state.safetensors has hash {found[:16]}, the record ends with {self.last_state[:16]}")
+        expected = {
+            "run": self.only("run")[0]["run"],
+            "round": str(self.only("state")[-1]["round"]),
+            "state_hash": found,
+            "layout_hash": self.stored.manifest.layout_hash,
+        }
+        for key, value in expected.items():
+            if note.get(key) != value:
+                raise _Wrong(f"the header of state.safetensors says {key}={note.get(key)}, the record {value}")
+        if not all(np.isfinite(value).all() for value in final.values()):
+            raise _Wrong("state.safetensors holds NaN or infinity")
+        return f"state.safetensors is the last recorded state ({found[:16]})"
+
+    def roster_at(self, entry: Entry) -> Roster:
+        """The keys that held when an entry was made."""
+        return self.rosters[max(start for start in self.rosters if start < entry["sequence"])]
+
+    def packed(self, entry: Entry) -> bytes | None:
+        """The bytes of a sum, from the record or from its file."""
+        values = entry["sum"]["values"]
+        return bytes.fromhex(values) if values is not None else self.stored.read_sum(entry["sequence"])
+
+    def _config(self) -> FederationConfig:
+        return FederationConfig.model_validate(self.only("run")[0]["federation"])
+
+    def _of_round(self, source: Entry, entry: Entry, rounds: dict[int, str]) -> None:
+        attempt: Attempt = attempt_from_dict(source["attempt"])
+        if source["kind"] != "sum" or source["task"]["purpose"] != "update" or attempt.round != entry["round"]:
+            raise _Wrong(f"round {entry['round']}: its state is not made from a sum of that round's updates")
+        if entry["round"] != len(rounds) + 1:
+            raise _Wrong(f"round {entry['round']} follows round {len(rounds)}")
+        rounds[entry["round"]] = entry["state_hash"]
