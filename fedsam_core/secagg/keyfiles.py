@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedsam_core.errors import SecureSumError
-from fedsam_core.secagg.keys import Identity, Roster
+from fedsam_core.secagg.keys import Identity, Roster, of_small_order
 
 ALGORITHM = "ed25519"
 PASSPHRASE_VARIABLE = "FEDSAM_KEY_PASSPHRASE"  # noqa: S105 (the variable's name, not what is in it)
@@ -34,21 +34,6 @@ _PEM = "-----BEGIN"
 
 _SITE = re.compile(r"\w[\w.-]{0,127}")  # as sites.csv has them: such a name names files, and leads out of no folder
 _HEX = re.compile(r"[0-9a-fA-F]{64}")
-
-# The y coordinates, little-endian, of Ed25519's points of small order. The library takes them for keys, and signatures
-# that nobody made then verify: under 0100..00 one and the same signature fits every message.
-_SMALL_ORDER = frozenset(
-    bytes.fromhex(y)
-    for y in (
-        "00" * 32,
-        "01" + "00" * 31,
-        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
-        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
-        "ec" + "ff" * 30 + "7f",
-        "ed" + "ff" * 30 + "7f",
-        "ee" + "ff" * 30 + "7f",
-    )
-)
 
 
 def create_identity(site: str, folder: Path, passphrase: bytes | None) -> tuple[Path, Path]:
@@ -210,7 +195,7 @@ def _entry(words: list[str], where: str) -> tuple[str, bytes]:
     if not _HEX.fullmatch(digits):
         raise SecureSumError(f"{where}: the key is not 64 hex digits; copy the line from the SITE.pub again")
     key = bytes.fromhex(digits)
-    if bytes([*key[:-1], key[-1] & 0x7F]) in _SMALL_ORDER:  # the last bit is the sign of x
+    if of_small_order(key):
         raise SecureSumError(
             f"{where}: the key is of small order, anybody could sign for site {site!r}; have the site make a new one"
         )

@@ -30,6 +30,27 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
 
+# The y coordinates, little-endian, of Ed25519's points of small order. The library takes them for keys, and signatures
+# that nobody made then verify: under 0100..00 one and the same signature fits every message.
+_SMALL_ORDER = frozenset(
+    bytes.fromhex(y)
+    for y in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
+
+
+def of_small_order(key: bytes) -> bool:
+    """Whether an Ed25519 public key (32 bytes) is one that anybody could sign for."""
+    return bytes([*key[:-1], key[-1] & 0x7F]) in _SMALL_ORDER  # the last bit is the sign of x
+
+
 class Secret:
     """Secret bytes that are overwritten when done with, and that are never shown, copied or serialized."""
 
@@ -96,6 +117,10 @@ class Roster:
         for site, key in self.keys.items():
             if not isinstance(key, bytes) or len(key) != KEY_BYTES:
                 raise SecureSumError(f"the roster's key of site {site!r} is not {KEY_BYTES} bytes: export it again")
+            if of_small_order(key):
+                raise SecureSumError(
+                    f"the roster's key of site {site!r} is of small order: have the site make a new one"
+                )
             if key in owners:
                 raise SecureSumError(
                     f"sites {owners[key]!r} and {site!r} have the same identity key: make one for each"

@@ -1,13 +1,17 @@
-"""Vectors on the wire: of each value only the bits of its lane's ring, packed without gaps, little endian.
+"""Vectors on the wire: of each value only the bits of its lane's ring, packed without gaps into words of 32 bits.
 
-Lanes stand one after the other, each filled up to a whole byte. Two values of 20 bits share five bytes.
+A lane is cut into g blocks of equal length, the last filled up with zeros, such that g values fill w words exactly: 2
+values of 16 bits one word, 8 of 20 bits five, 4 of 24 bits three. Word j of each of w rows holds the bits of the j-th
+value of all blocks, the first block lowest. So every step works on whole rows, which is what processors are fast at.
+Words are little endian; lanes stand one after the other.
 """
+
+from math import lcm
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsam_core.secagg.layout import Lane, VectorLayout
-from fedsam_core.secagg.masks import PIECE
 from fedsam_core.secagg.refusals import MalformedMessage, UnfitValues
 
 Bytes = NDArray[np.uint8]
@@ -23,12 +27,12 @@ def pack(layout: VectorLayout, vector: Vector) -> Bytes:
     """The low bits of `vector` (uint32 [size]). Raises UnfitValues for another size or dtype."""
     if vector.dtype != np.uint32 or vector.shape != (layout.size,):
         raise UnfitValues(f"a vector to send must be {layout.size} values of uint32, not {vector.dtype} {vector.shape}")
-    packed = np.empty(packed_bytes(layout), np.uint8)
-    at = value_at = 0
+    packed = np.zeros(packed_bytes(layout), np.uint8)
+    at = 0
     for lane in layout.lanes:
-        length = _lane_bytes(lane)
-        _pack_lane(vector[value_at : value_at + lane.size], lane.bits, packed[at : at + length])
-        at, value_at = at + length, value_at + lane.size
+        words = packed[at : at + _lane_bytes(lane)].view("<u4").reshape(_group(lane)[1], -1)
+        at += _lane_bytes(lane)
+        _pack_lane(lane, vector[layout.place(lane.name)], words)
     return packed
 
 
@@ -42,16 +46,16 @@ def add_packed(layout: VectorLayout, total: Vector, data: bytes | memoryview | B
         raise MalformedMessage(
             f"a vector of {packed.size} bytes came where {packed_bytes(layout)} bytes ({layout.size} values) were due"
         )
-    lanes = []
-    at = value_at = 0
+    parts = []
+    at = 0
     for lane in layout.lanes:
-        length = _lane_bytes(lane)
-        lanes.append((lane.bits, packed[at : at + length], total[value_at : value_at + lane.size]))
-        at, value_at = at + length, value_at + lane.size
-        if lane.bits == 20 and lane.size % 2 and packed[at - 1] > 0x0F:
+        words = packed[at : at + _lane_bytes(lane)].view("<u4").reshape(_group(lane)[1], -1)
+        at += _lane_bytes(lane)
+        parts.append((lane, words))
+        if any(block[-spare:].any() for block, spare in _spare(lane, words)):
             raise MalformedMessage("a vector has bits set that belong to no value: it was damaged or forged")
-    for bits, source, target in lanes:  # only now, so that a refused vector leaves no trace in the total
-        _add_lane(source, bits, target)
+    for lane, words in parts:  # only now, so that a refused vector leaves no trace in the total
+        _add_lane(lane, words, total[layout.place(lane.name)])
 
 
 def reduce(layout: VectorLayout, total: Vector) -> None:
@@ -68,47 +72,51 @@ def unpack(layout: VectorLayout, data: bytes | memoryview | Bytes) -> Vector:
     return vector
 
 
+def _group(lane: Lane) -> tuple[int, int]:
+    """How many values fill how many words."""
+    bits = lcm(lane.bits, 32)
+    return bits // lane.bits, bits // 32
+
+
 def _lane_bytes(lane: Lane) -> int:
-    return (lane.size * lane.bits + 7) // 8
+    values, words = _group(lane)
+    return 4 * words * -(-lane.size // values)
 
 
-def _pack_lane(values: Vector, bits: int, out: Bytes) -> None:
-    if bits == 32:
-        out[:] = np.ascontiguousarray(values, "<u4").view(np.uint8)
-    elif bits == 16:
-        out[:] = values.astype("<u2").view(np.uint8)
-    elif bits == 24:
-        out.reshape(-1, 3)[:] = np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)[:, :3]
-    else:
-        for start in range(0, values.size, PIECE):  # an even number of values: a piece ends at a whole byte
-            piece = values[start : start + PIECE] & np.uint32(0xFFFFF)
-            if piece.size % 2:
-                piece = np.append(piece, np.uint32(0))
-            pairs = piece[::2].astype("<u8") | piece[1::2].astype("<u8") << np.uint64(20)
-            five = pairs.view(np.uint8).reshape(-1, 8)[:, :5].reshape(-1)
-            target = out[start // 2 * 5 : (start + PIECE) // 2 * 5]
-            target[:] = five[: target.size]
+def _pack_lane(lane: Lane, values: Vector, out: NDArray[np.uint32]) -> None:
+    """`out`: zeros, uint32 [words, length of a block]."""
+    length = out.shape[1]
+    mask = np.uint32(2**lane.bits - 1)
+    for index in range(_group(lane)[0]):
+        block = values[index * length : (index + 1) * length] & mask
+        row, shift = divmod(index * lane.bits, 32)
+        out[row, : block.size] |= block << np.uint32(shift)
+        if shift + lane.bits > 32:
+            out[row + 1, : block.size] |= block >> np.uint32(32 - shift)
 
 
-def _add_lane(packed: Bytes, bits: int, total: Vector) -> None:
-    if bits == 32:
-        np.add(total, packed.view("<u4"), out=total)
-    elif bits == 16:
-        np.add(total, packed.view("<u2"), out=total)
-    elif bits == 24:
-        for start in range(0, total.size, PIECE):
-            piece = total[start : start + PIECE]
-            wide = np.zeros((piece.size, 4), np.uint8)
-            wide[:, :3] = packed[3 * start : 3 * (start + piece.size)].reshape(-1, 3)
-            np.add(piece, wide.view("<u4").reshape(-1), out=piece)
-    else:
-        for start in range(0, total.size, PIECE):
-            piece = total[start : start + PIECE]
-            source = packed[start // 2 * 5 : (start + PIECE) // 2 * 5]
-            wide = np.zeros(((piece.size + 1) // 2, 8), np.uint8)
-            even = source.size // 5
-            wide[:even, :5] = source[: 5 * even].reshape(-1, 5)
-            wide[even:, : source.size - 5 * even] = source[5 * even :]
-            pairs = wide.view("<u8").reshape(-1)
-            piece[::2] += (pairs & np.uint64(0xFFFFF)).astype(np.uint32)
-            piece[1::2] += (pairs >> np.uint64(20)).astype(np.uint32)[: piece.size // 2]
+def _add_lane(lane: Lane, words: NDArray[np.uint32], total: Vector) -> None:
+    length = words.shape[1]
+    for index in range(_group(lane)[0]):
+        target = total[index * length : (index + 1) * length]
+        np.add(target, _block(lane, words, index)[: target.size], out=target)
+
+
+def _block(lane: Lane, words: NDArray[np.uint32], index: int) -> NDArray[np.uint32]:
+    row, shift = divmod(index * lane.bits, 32)
+    block: NDArray[np.uint32] = words[row] >> np.uint32(shift)
+    if shift + lane.bits > 32:
+        block |= words[row + 1] << np.uint32(32 - shift)
+    block &= np.uint32(2**lane.bits - 1)
+    return block
+
+
+def _spare(lane: Lane, words: NDArray[np.uint32]) -> list[tuple[NDArray[np.uint32], int]]:
+    """The blocks that are filled up, and by how many values."""
+    length = words.shape[1]
+    filled = []
+    for index in range(_group(lane)[0]):
+        spare = min(length, max(0, (index + 1) * length - lane.size))
+        if spare:
+            filled.append((_block(lane, words, index), spare))
+    return filled

@@ -8,6 +8,7 @@ and rounded up or down by chance, which is unbiased (stochastic rounding; Gupta 
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,24 +55,26 @@ class Encoder:
         flat = np.asarray(values).reshape(-1)
         if flat.size != lane.size or flat.dtype.kind not in "fiu":
             raise UnfitValues(f"lane {name!r} takes {lane.size} real numbers, not {flat.size} of {flat.dtype}")
-        out = self._vector[layout.place(name)]
+        out = self._vector[layout.place(name)].view(np.int32)
         chances = Keystream(Secret(fingerprint(b"stochastic rounding", self._seed, name.encode())))
         scratch = new_scratch()
+        # Work is done in place, in pieces that stay in the processor's cache.
+        buffers = np.empty((3, min(PIECE, lane.size)))
         scale = layout.levels(lane) / lane.limit
         largest = squares = 0.0
         for start in range(0, lane.size, PIECE):
-            x = flat[start : start + PIECE].astype(np.float64)
-            _check(lane, x)
-            x *= scale
-            floor = np.floor(x)
+            piece = flat[start : start + PIECE]
+            _check(lane, piece)
+            x, floor, chance = buffers[:, : piece.size]
+            np.multiply(piece, scale, out=x, dtype=np.float64)
+            np.floor(x, out=floor)
             x -= floor  # exact, so a value on the grid is never moved
-            rounded = floor.astype(np.int32)
-            up = chances.fill(scratch, x.size) < x * 2.0**32
-            rounded += up
-            out[start : start + x.size] = rounded.view(np.uint32)
+            np.multiply(chances.fill(scratch, piece.size), 2.0**-32, out=chance)
+            up = chance < x
+            np.add(floor, up, out=out[start : start + piece.size], casting="unsafe")
             x -= up
             largest = max(largest, float(x.max()), -float(x.min()))
-            squares += float(np.dot(x, x))
+            squares += float(np.square(x, out=floor).sum())  # not np.dot: it starts threads, and may sum in any order
         self._due.remove(name)
         return Rounding(largest / scale, squares / lane.size / scale**2)
 
@@ -121,7 +124,7 @@ def decode_sum(
     return lanes
 
 
-def _check(lane: Lane, x: NDArray[np.float64]) -> None:
+def _check(lane: Lane, x: NDArray[Any]) -> None:
     largest = max(float(x.max()), -float(x.min()))  # NaN wins both, so one comparison refuses all
     if not math.isfinite(largest):
         raise UnfitValues(f"lane {lane.name!r} holds NaN or infinity: this site's training has diverged")

@@ -22,14 +22,13 @@ from cryptography.hazmat.primitives.serialization import (
 from fedsam_core.data.sources.nifti import _check_name
 from fedsam_core.errors import DataError, SecureSumError
 from fedsam_core.secagg.keyfiles import (
-    _SMALL_ORDER,
     create_identity,
     format_roster,
     passphrase_from_environment,
     read_identity,
     read_roster,
 )
-from fedsam_core.secagg.keys import Identity, Roster
+from fedsam_core.secagg.keys import _SMALL_ORDER, Identity, Roster
 
 posix = pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
 
