@@ -1,20 +1,36 @@
-"""Which attempts a site has entered: no attempt is answered twice, not even by a site that was restarted in it.
+"""What a site has answered, so that it answers nothing twice, not even after a restart.
 
-Attempts of a run are numbered upwards, so the last number a run is enough. A site with a lasting identity (a roster)
-keeps it in a file beside its key; a development identity ends with the process, and so may this.
+Attempts of a run are numbered upwards, and so are its rounds: the last ones entered are enough to refuse a repetition.
+And what a sum is about (a round's update, the scores of a state) is opened for one set of survivors only: an attempt
+that seemed to fail may have been opened all the same, and a second one without some site, whose contributions are equal
+to the bit, would show that site's values as the difference.
+
+A site with a lasting identity (a roster) keeps this in a file beside its key; a development identity ends with the
+process, and so may this.
 """
 
-import json
 from pathlib import Path
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fedsam_core.data.files import write_atomic
 from fedsam_core.errors import SecureSumError
 from fedsam_core.secagg.attempt import Attempt
-from fedsam_core.secagg.refusals import OutOfTurn
+from fedsam_core.secagg.refusals import OpenedBefore, OutOfTurn
+from fedsam_core.settings import Settings
+
+
+class _Run(Settings):
+    attempt: int = Field(-1, description="the last one entered")
+    round: int = Field(0, description="of that attempt")
+    opened: dict[str, tuple[str, ...]] = Field({}, description="survivors by what the sum was about, in that round")
+
+
+_FILE = TypeAdapter(dict[str, _Run])
 
 
 class Answered:
-    """The last attempt of each run that a site has entered."""
+    """The attempts that a site has entered and the sums that it has helped to open, by run."""
 
     def __init__(self, path: Path | None = None) -> None:
         """`path`: a JSON file, made when it is missing; None for memory only.
@@ -23,28 +39,50 @@ class Answered:
             SecureSumError: the file is there and is not what this class writes.
         """
         self._path = path
-        self._last: dict[str, int] = {}
+        self._runs: dict[str, _Run] = {}
         if path is not None and path.exists():
             try:
-                self._last = {str(run): int(number) for run, number in json.loads(path.read_text()).items()}
-            except (OSError, ValueError, AttributeError, TypeError) as error:
+                self._runs = _FILE.validate_json(path.read_bytes())
+            except (OSError, ValidationError) as error:
+                reason = " ".join(str(error).split())[:200]
                 raise SecureSumError(
-                    f"{path}, which keeps this site from answering an attempt twice, is unreadable ({error}): restore "
-                    "it, or remove it once no run is under way"
+                    f"{path}, which keeps this site from answering twice, is unreadable ({reason}): restore it, or "
+                    "remove it once no run is under way"
                 ) from error
 
     def enter(self, attempt: Attempt) -> None:
         """Notes the attempt before anything is answered in it.
 
         Raises:
-            OutOfTurn: the site has entered it, or a later one of the run, before.
+            OutOfTurn: the site has entered it, a later one, or a later round of the run before.
             DataError: the file cannot be written.
         """
-        last = self._last.get(attempt.run, -1)
-        if attempt.attempt <= last:
+        known = self._runs.get(attempt.run, _Run())
+        if attempt.attempt <= known.attempt or attempt.round < known.round:
             raise OutOfTurn(
-                f"attempt {attempt.attempt} of run {attempt.run} was asked for again: the last one entered is {last}"
+                f"attempt {attempt.attempt} in round {attempt.round} of run {attempt.run} was asked for, but attempt "
+                f"{known.attempt} in round {known.round} was entered before"
             )
-        self._last[attempt.run] = attempt.attempt
+        opened = known.opened if attempt.round == known.round else {}
+        self._note(attempt.run, _Run(attempt=attempt.attempt, round=attempt.round, opened=opened))
+
+    def check(self, attempt: Attempt, about: str, survivors: tuple[str, ...]) -> None:
+        """Raises OpenedBefore where a sum about the same was opened for other survivors."""
+        before = self._runs.get(attempt.run, _Run()).opened.get(about)
+        if before is not None and before != survivors:
+            raise OpenedBefore(
+                f"the {about} sum of round {attempt.round} was opened for {', '.join(before)} before: opening it for "
+                f"{', '.join(survivors)} would show the difference"
+            )
+
+    def open(self, attempt: Attempt, about: str, survivors: tuple[str, ...]) -> None:
+        """Notes that this site helps to open a sum, before it does. Raises as `check`."""
+        self.check(attempt, about, survivors)
+        known = self._runs.get(attempt.run, _Run())
+        self._note(attempt.run, known.model_copy(update={"opened": {**known.opened, about: survivors}}))
+
+    def _note(self, run: str, entry: _Run) -> None:
+        runs = {**self._runs, run: entry}
         if self._path is not None:
-            write_atomic(self._path, json.dumps(self._last, indent=1).encode())
+            write_atomic(self._path, _FILE.dump_json(runs, indent=1))
+        self._runs = runs

@@ -221,12 +221,17 @@ class FederatedSite:
     def confirm(self, survivors: bytes) -> bytes:
         """Signs whose contributions are in the sum."""
         with self._logged("confirm"):
-            return self._running().confirm(survivors)
+            session = self._running()
+            message = session.confirm(survivors)
+            self._answered.check(self._current(), self._about, session.survivors)
+            return message
 
     def unmask(self, confirmations: bytes) -> bytes:
         """Opens the sum, and only the sum; the attempt's keys are wiped afterwards."""
         with self._logged("unmask"):
-            message = self._running().unmask(confirmations)
+            session = self._running()
+            self._answered.open(self._current(), self._about, session.survivors)
+            message = session.unmask(confirmations)
             self._end_sum()
             return message
 
@@ -251,6 +256,11 @@ class FederatedSite:
         if self._opened is None:
             raise RoundError(f"site {self.spec.site} is not open (it may have been restarted)")
         return self._opened
+
+    @property
+    def _about(self) -> str:
+        """What the present sum is about, whatever attempt it is."""
+        return self._task.purpose + (f"/{self._task.split}" if self._task.split else "")
 
     def _current(self) -> Attempt:
         if self._attempt is None:

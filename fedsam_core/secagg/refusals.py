@@ -43,6 +43,10 @@ class ForgedSurvivors(SecureSumError):
     """A survivor set that cannot be, or that the peers did not sign."""
 
 
+class OpenedBefore(SecureSumError):
+    """A sum that was opened before for other survivors: the difference of the two would be one site's."""
+
+
 class BareLane(SecureSumError):
     """A lane that fewer than `min_contributors` sites would be summed in: it would be laid bare."""
 

@@ -131,6 +131,11 @@ class SiteSession:
         """What this site has done so far."""
         return self._state
 
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """The sites that this one was told survived, once it has confirmed them."""
+        return self._attempt.names(self._survivors)
+
     def advertise(self) -> bytes:
         """Stage 1: this site's fresh public keys, signed."""
         with self._stage("advertise", SiteState.NEW, SiteState.ADVERTISED):
