@@ -99,6 +99,10 @@ def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
             f"{SMALLEST_PRIVATE_SUM} sites, as a sum of two shows each the other's update: add a site, or set "
             "federation.secure_sum=plain"
         )
+    if config.federation.roster is not None:
+        roster = read_roster(config.federation.roster)
+        for site in cohort.sites:
+            roster.key(site)  # a site that it does not list is an error now, not when all models are loaded
     # The driver is told names and hashes; which cases there are, and how many slices, stays with the sites.
     about = CohortFacts(cohort.model_copy(update={"cases": ()}), cohort.sites, cohort.hash)
     if config.engine.kind == "in-process":

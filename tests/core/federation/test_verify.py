@@ -394,16 +394,17 @@ def test_a_changed_byte_in_the_last_line_is_found_by_what_it_says(good: Kept) ->
     line = good.lines[-1]
     words = (b'"attempt"', b'"model_hash":"', b'"digest":"', b'"signature":"', b'"survivors":["', b'"kind":"Confirm')
     for word in words:
-        place = line.index(word) + len(word) - 1 + (word.endswith(b'"') and not word.endswith(b't"'))
+        place = line.index(word) + len(word)
         changed = line[:place] + bytes([line[place] ^ 1]) + line[place + 1 :]
         assert replace(good, lines=[*good.lines[:-1], changed]).failed(), word
 
 
-@pytest.mark.parametrize("at", range(11))
-def test_a_removed_line_breaks_the_chain(good: Kept, at: int) -> None:
-    if at == TEST:
-        pytest.xfail("nothing in the run's folder is held against the record's last lines: see the test below")
-    assert replace(good, lines=good.lines[:at] + good.lines[at + 1 :]).failed() == {"chain"}
+CLOSING = gap("what follows the last checkpoint is held against nothing that the run left behind")
+
+
+@pytest.mark.parametrize("at", [*range(TEST), pytest.param(TEST, marks=CLOSING)])
+def test_a_removed_line_is_noticed(good: Kept, at: int) -> None:
+    assert replace(good, lines=good.lines[:at] + good.lines[at + 1 :]).failed()
 
 
 @pytest.mark.parametrize("at", range(10))
@@ -413,10 +414,8 @@ def test_swapped_lines_break_the_chain(good: Kept, at: int) -> None:
     assert replace(good, lines=lines).failed() == {"chain"}
 
 
-@pytest.mark.parametrize("left", range(11))
+@pytest.mark.parametrize("left", [*range(TEST), pytest.param(TEST, marks=CLOSING)])
 def test_a_truncated_record_is_noticed(good: Kept, left: int) -> None:
-    if left == 10:
-        pytest.xfail("only the closing score is missing: the checkpoint was written before it")
     assert replace(good, lines=good.lines[:left]).failed()
 
 
@@ -801,11 +800,6 @@ def test_an_attempt_that_failed_cannot_be_left_out(troubled: Kept) -> None:
     assert forge(troubled, lambda entries: entries.pop(at)).failed()
 
 
-@gap("the last lines are held against nothing in the run's folder")
-def test_the_closing_line_cannot_be_taken_away(good: Kept) -> None:
-    assert replace(good, lines=good.lines[:-1]).failed()
-
-
 @gap("the detail blames federation.keep_sums, which this run set to true")
 def test_a_sum_that_should_be_there_is_not_called_unkept(good: Kept) -> None:
     assert "keep_sums=false" not in replace(good, sums={}).unchecked().get("unkept sums", "")
@@ -944,12 +938,14 @@ def test_the_record_holds_no_sites_vector_masked_or_not(spied: Spied) -> None:
     assert len(masked) == len(spied.vectors) == 18
     for body in masked:
         packed = body.packed.tobytes()
-        for at in range(0, len(packed), max(8, len(packed) // 50)):
+        for at in range(0, max(1, len(packed) - 7), max(8, len(packed) // 50)):
             assert not shows(record, packed[at : at + 8])
+    sums = {entry["sum"]["values"] for entry in spied.kept.entries if entry["kind"] == "sum"}
     for vector in spied.vectors:
-        pairs = range(0, max(1, vector.size - 1), max(1, vector.size // 50))
-        for part in [vector[at : at + 2] for at in pairs]:
-            if part.any():
+        assert vector.astype("<u4").tobytes().hex() not in sums
+        for at in range(0, vector.size - 1, max(1, vector.size // 50)):
+            part = vector[at : at + 2]
+            if np.count_nonzero(part.view(np.uint8)) > 5:  # else it may well stand there by chance
                 assert not any(shows(record, part.astype(order).tobytes()) for order in ("<u4", ">u4"))
 
 
