@@ -134,19 +134,12 @@ def run_federation(config: Config, about: CohortFacts, open_engine: OpenEngine, 
     run_id = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}-{token_hex(2)}"
     emit(Event(f"run {run_id}: {len(about.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"))
 
-    engine = open_engine(site_specs(config, about.sites, run_id, config_hash))
+    specs = site_specs(config, about.sites, run_id, config_hash)
+    engine = open_engine(specs)
     try:
+        origin = {"cohort_hash": about.hash, "code_hash": code_hash()}
         frozen = weights_hash(segmenter, manifest)
-        federation = Federation(
-            engine,
-            manifest,
-            len(cohort.classes),
-            run_id,
-            config_hash,
-            config.federation,
-            frozen,
-            about={"cohort_hash": about.hash, "code_hash": code_hash()},
-        )
+        federation = Federation(engine, specs[0], manifest, len(cohort.classes), frozen, origin)
         federation.open(state)
         devices = ", ".join(sorted({site["device"] for site in federation.sites.values()}))
         emit(Event(f"sites are open on {devices}; sums are {config.federation.secure_sum}"))
@@ -162,10 +155,13 @@ def run_federation(config: Config, about: CohortFacts, open_engine: OpenEngine, 
             )
             folder = RunFolder(config.work_dir / "runs" / run_id)
             recorder = Recorder(config, cohort, federation, folder, tracker, emit)
-            recorder.begin(state, federation.score(state, "test", 0), federation.score(state, "val", 0))
-            state = run_rounds(federation, state, recorder.after_round)
-            final = federation.score(state, "test", config.federation.rounds, pictures=True)
-            return recorder.finish(segmenter, state, final, tracking.ui_command())
+            try:
+                recorder.begin(state, federation.score(state, "test", 0), federation.score(state, "val", 0))
+                state = run_rounds(federation, state, recorder.after_round)
+                final = federation.score(state, "test", config.federation.rounds, pictures=True)
+                return recorder.finish(segmenter, state, final, tracking.ui_command())
+            finally:
+                recorder.keep_record()  # of what failed, too
     finally:
         engine.close()
 

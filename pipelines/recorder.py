@@ -85,7 +85,7 @@ class Recorder:
         self._folder.write_yaml("config.yaml", self._config.model_dump(mode="json"))
         self._folder.write("manifest.json", self._federation.manifest.to_json().encode())
         self._folder.write("initial.safetensors", pack_state(self._federation.manifest, state))
-        self._keep_record()
+        self.keep_record()
         self._tracker.log_round(0, self._validation_metrics(validation))
         self._emit(
             Event(f"before training: test Dice {_number(self._before['dice'])}", 0, self._config.federation.rounds)
@@ -96,7 +96,7 @@ class Recorder:
         manifest, ledger = self._federation.manifest, self._federation.ledger
         if self._config.federation.keep_sums:
             self._folder.write(sum_file(report.total.entry), report.total.packed)
-        self._keep_record()
+        self.keep_record()
         note = {
             "round": str(report.round),
             "run": self._federation.run,
@@ -151,7 +151,7 @@ class Recorder:
         }
         save_adapter(segmenter, federation.manifest, self._folder.path / "adapter", card)
         self._folder.write_table("ledger.csv", federation.ledger.rows())  # with the closing scores
-        self._keep_record()
+        self.keep_record()
         rows = site_rows(after)
         self._folder.write_table("scores.csv", rows)
         for site, png in test.pictures.items():
@@ -182,7 +182,7 @@ class Recorder:
                 self._tracker.log_artifact(path, path.name if path.is_dir() else "")
         return outcome
 
-    def _keep_record(self) -> None:
+    def keep_record(self) -> None:
         """Adds to the file what the record has grown by."""
         lines = self._federation.record.lines
         self._folder.append("record.jsonl", b"".join(line + b"\n" for line in lines[self._recorded :]))

@@ -19,6 +19,7 @@ from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.config import Config
+from pipelines.federate import site_specs
 from pipelines.run_folder import sum_file
 from pipelines.stage import guarded
 
@@ -89,16 +90,21 @@ def _configuration(path: Path, begun: dict[str, Any]) -> Check:
     """Whether config.yaml is what the sites signed for."""
     what = "configuration"
     try:
-        found = Config.model_validate(yaml.safe_load(_bytes(path))).science_hash(begun["about"]["cohort_hash"])
+        config = Config.model_validate(yaml.safe_load(_bytes(path)))
+        (spec, *_) = site_specs(config, begun["sites"], begun["run"], begun["config_hash"])
+        found = {
+            "config_hash": config.science_hash(begun["about"]["cohort_hash"]),
+            "settings_hash": spec.settings_hash(begun["weights_hash"], begun["roster_hash"]),
+        }
     except (ValidationError, ValueError, yaml.YAMLError, FedsamError) as error:
         reason = " ".join(str(error).split())[:200]
         return Check(what, "failed", f"{path.name} is not the configuration of a run ({reason})")
     except OSError as error:
         return Check(what, "not checked", f"its hash needs a file that is not here ({error})")
-    signed = begun["config_hash"]
-    if found != signed:
-        return Check(what, "failed", f"{path.name} has hash {found[:16]}, the sites signed for {signed[:16]}")
-    return Check(what, "ok", f"{path.name} is what the sites signed for ({found[:16]})")
+    for key, value in found.items():
+        if begun[key] != value:
+            return Check(what, "failed", f"{path.name} has {key} {value[:16]}, the sites signed for {begun[key][:16]}")
+    return Check(what, "ok", f"{path.name} is what the sites signed for ({found['settings_hash'][:16]})")
 
 
 def _state(manifest: ParameterManifest, path: Path) -> tuple[State, dict[str, str]]:

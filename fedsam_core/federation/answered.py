@@ -1,17 +1,17 @@
 """What a site has answered, so that it answers nothing twice, not even after a restart.
 
 Attempts of a run are numbered upwards, and so are its rounds: the last ones entered are enough to refuse a repetition.
-And what a sum is about (a round's update, the scores of a state) is opened for one set of survivors only: an attempt
-that seemed to fail may have been opened all the same, and a second one without some site, whose contributions are equal
-to the bit, would show that site's values as the difference.
+And what a sum is about (the slices, or the update or the scores of one global state) is opened for one set of survivors
+only: an attempt that seemed to fail may have been opened all the same, and a second one without some site, whose
+contributions are equal to the bit, would show that site's values as the difference.
 
-A site with a lasting identity (a roster) keeps this in a file beside its key; a development identity ends with the
-process, and so may this.
+A site with a lasting identity (a roster) keeps this in a file a run, beside its key; a development identity ends with
+the process, and so may this.
 """
 
 from pathlib import Path
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from fedsam_core.data.files import write_atomic
 from fedsam_core.errors import SecureSumError
@@ -23,14 +23,11 @@ from fedsam_core.settings import Settings
 class _Run(Settings):
     attempt: int = Field(-1, description="the last one entered")
     round: int = Field(0, description="of that attempt")
-    opened: dict[str, tuple[str, ...]] = Field({}, description="survivors by what the sum was about, in that round")
-
-
-_FILE = TypeAdapter(dict[str, _Run])
+    opened: dict[str, tuple[str, ...]] = Field({}, description="survivors, by what the sum was about")
 
 
 class Answered:
-    """The attempts that a site has entered and the sums that it has helped to open, by run."""
+    """The attempts of a run that a site has entered, and the sums that it has helped to open."""
 
     def __init__(self, path: Path | None = None) -> None:
         """`path`: a JSON file, made when it is missing; None for memory only.
@@ -39,15 +36,15 @@ class Answered:
             SecureSumError: the file is there and is not what this class writes.
         """
         self._path = path
-        self._runs: dict[str, _Run] = {}
+        self._run = _Run()
         if path is not None and path.exists():
             try:
-                self._runs = _FILE.validate_json(path.read_bytes())
+                self._run = _Run.model_validate_json(path.read_bytes())
             except (OSError, ValidationError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise SecureSumError(
                     f"{path}, which keeps this site from answering twice, is unreadable ({reason}): restore it, or "
-                    "remove it once no run is under way"
+                    "remove it once the run is over"
                 ) from error
 
     def enter(self, attempt: Attempt) -> None:
@@ -57,32 +54,34 @@ class Answered:
             OutOfTurn: the site has entered it, a later one, or a later round of the run before.
             DataError: the file cannot be written.
         """
-        known = self._runs.get(attempt.run, _Run())
+        known = self._run
         if attempt.attempt <= known.attempt or attempt.round < known.round:
             raise OutOfTurn(
                 f"attempt {attempt.attempt} in round {attempt.round} of run {attempt.run} was asked for, but attempt "
                 f"{known.attempt} in round {known.round} was entered before"
             )
-        opened = known.opened if attempt.round == known.round else {}
-        self._note(attempt.run, _Run(attempt=attempt.attempt, round=attempt.round, opened=opened))
+        self._note(_Run(attempt=attempt.attempt, round=attempt.round, opened=known.opened))
 
     def check(self, attempt: Attempt, about: str, survivors: tuple[str, ...]) -> None:
         """Raises OpenedBefore where a sum about the same was opened for other survivors."""
-        before = self._runs.get(attempt.run, _Run()).opened.get(about)
+        before = self._run.opened.get(_topic(attempt, about))
         if before is not None and before != survivors:
             raise OpenedBefore(
-                f"the {about} sum of round {attempt.round} was opened for {', '.join(before)} before: opening it for "
+                f"the {about} sum of this state was opened for {', '.join(before)} before: opening it for "
                 f"{', '.join(survivors)} would show the difference"
             )
 
     def open(self, attempt: Attempt, about: str, survivors: tuple[str, ...]) -> None:
         """Notes that this site helps to open a sum, before it does. Raises as `check`."""
         self.check(attempt, about, survivors)
-        known = self._runs.get(attempt.run, _Run())
-        self._note(attempt.run, known.model_copy(update={"opened": {**known.opened, about: survivors}}))
+        opened = {**self._run.opened, _topic(attempt, about): survivors}
+        self._note(self._run.model_copy(update={"opened": opened}))
 
-    def _note(self, run: str, entry: _Run) -> None:
-        runs = {**self._runs, run: entry}
+    def _note(self, entry: _Run) -> None:
         if self._path is not None:
-            write_atomic(self._path, _FILE.dump_json(runs, indent=1))
-        self._runs = runs
+            write_atomic(self._path, entry.model_dump_json(indent=1).encode())
+        self._run = entry
+
+
+def _topic(attempt: Attempt, about: str) -> str:
+    return f"{about} {attempt.model_hash[:32]}"

@@ -1,6 +1,5 @@
 """How a federation is run."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +33,7 @@ class FederationConfig(Settings):
     roster: Path | None = Field(
         None, description="file of the consortium's public keys (`fedsam keys`); none: a development roster"
     )
-    key_dir: Path = Field(Path("~/.fedsam/keys"), description="with a roster: where a site's node has its SITE.key")
+    key_dir: Path = Field(Path("~/.fedsam/keys"), description="with a roster: where each site's node has its SITE.key")
     keep_sums: bool = Field(
         True, description="keep each round's sum, so that `fedsam verify` can repeat the run's global states"
     )
@@ -45,10 +44,13 @@ class FederationConfig(Settings):
         description="sites report their own Dice in the open, beside the masked sum of all; false keeps it at the site",
     )
     share_pictures: bool = Field(
-        True, description="sites send one overlay picture of a test case to the run; false where images must not leave"
+        False,
+        description="sites send one overlay picture of a test case to the run at its end: an image leaves the site",
     )
 
     @field_validator("key_dir")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return Path(os.path.abspath(value.expanduser()))
+    def _of_any_node(cls, value: Path) -> Path:
+        if not (value.is_absolute() or value.parts[:1] == ("~",)):
+            raise ValueError("must be absolute, or begin with ~ (the home of whoever runs the site's node)")
+        return value

@@ -16,16 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
-from fedsam_core.errors import SecureSumError
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.hashing import stable_hash
 from fedsam_core.learning.learner import Fit
 from fedsam_core.secagg.attempt import Attempt
 from fedsam_core.secagg.layout import Lane, VectorLayout
 from fedsam_core.secagg.quantize import Encoder
-from fedsam_core.secagg.refusals import UnfitValues
+from fedsam_core.secagg.refusals import MalformedMessage, UnfitValues
 from fedsam_core.selection import ParameterManifest
 from fedsam_core.settings import Settings
 
@@ -46,6 +45,7 @@ class Task(Settings):
 
 # A lane's clip is the largest value of one site; the quantiser refuses what is beyond, so that nothing saturates.
 MAX_SLICES = 2.0**20
+MAX_WEIGHT = 64.0  # over 1 where a large site was lost when the slices were counted
 MAX_LOSS = 64.0
 MAX_CASES = 4096.0
 
@@ -96,8 +96,8 @@ def layout_of(
         count = len(sizes)
         lanes = (
             *(Lane(f"update/{name}", size, clips[name], bits) for name, size in sizes.items()),
-            Lane("weight", 1, 1.0),
-            Lane("loss", 1, MAX_LOSS),
+            Lane("weight", 1, MAX_WEIGHT),
+            Lane("loss", 1, MAX_LOSS * MAX_WEIGHT),
             Lane("dice_numerator", classes, 2.0),
             Lane("dice_denominator", classes, 2.0),
             Lane("magnitudes", count * MAGNITUDES, float(max(sizes.values()))),
@@ -249,17 +249,17 @@ def attempt_to_json(attempt: Attempt) -> bytes:
 def attempt_from_json(data: bytes) -> Attempt:
     """The inverse of `attempt_to_json`. Raises SecureSumError for anything else."""
     try:
-        return attempt_from_dict(json.loads(data))
-    except ValueError as error:
-        raise SecureSumError(f"the announcement of a sum is malformed ({error})") from error
+        return _ATTEMPT.validate_json(data, strict=True)
+    except ValidationError as error:
+        raise MalformedMessage(f"the announcement of a sum is malformed ({' '.join(str(error).split())})") from error
 
 
 def attempt_from_dict(fields: Mapping[str, Any]) -> Attempt:
     """An attempt from its fields. Raises SecureSumError where one is missing, unknown or of another type."""
-    try:
-        return Attempt(**{**fields, "sites": tuple(fields["sites"])})
-    except (TypeError, KeyError) as error:
-        raise SecureSumError(f"the announcement of a sum is malformed ({error})") from error
+    return attempt_from_json(json.dumps(fields).encode())
+
+
+_ATTEMPT = TypeAdapter(Attempt)
 
 
 def _bin(magnitude: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -13,10 +13,10 @@ import numpy as np
 
 from fedsam_core import __version__
 from fedsam_core.errors import RoundError
-from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.lanes import Precision, Task, Update, layout_of, read_update, sum_hash
 from fedsam_core.federation.ledger import Ledger
+from fedsam_core.federation.site import SiteSpec
 from fedsam_core.federation.state import pack_state, state_hash
 from fedsam_core.federation.summation import Contribution, Relay, Total, plain_sum, secure_sum
 from fedsam_core.secagg.attempt import PROTOCOL, Attempt, default_threshold
@@ -94,21 +94,31 @@ class Federation:
     def __init__(
         self,
         engine: Engine,
+        spec: SiteSpec,
         manifest: ParameterManifest,
         classes: int,
-        run: str,
-        config_hash: str,
-        config: FederationConfig,
         weights: str,
         about: Mapping[str, str] | None = None,
     ) -> None:
-        """`weights` is the driver's own `weights_hash`, which every site's must equal; `about` goes into the record."""
+        """A run of the sites that `engine` reaches.
+
+        Args:
+            engine: carries the calls.
+            spec: what a site of the run is told, any one of them.
+            manifest: of the adapted model.
+            classes: foreground classes.
+            weights: the driver's own `weights_hash`, which every site's must equal.
+            about: goes into the record.
+        """
         self.engine = engine
         self.manifest = manifest
         self.classes = classes
-        self.run = run
-        self.config_hash = config_hash
-        self.config = config
+        self.run = spec.run
+        self.config_hash = spec.config_hash
+        self.config = spec.federation
+        roster = self.config.roster
+        self._pinned = None if roster is None else read_roster(roster)
+        self._settings_hash = spec.settings_hash(weights, self._pinned.hash if self._pinned else "")
         self.ledger = Ledger()
         self.sites: dict[str, dict[str, str]] = {}
         self._roster = Roster({})
@@ -140,6 +150,11 @@ class Federation:
         if len({reply["precision"] for reply in replies.values()}) > 1:
             mixed = ", ".join(f"{site}: {reply['precision']}" for site, reply in sorted(replies.items()))
             raise RoundError(f"sites would train in different precisions ({mixed}): set learning.precision=fp32")
+        for site, reply in replies.items():
+            if self._pinned is not None and reply["roster_hash"] != self._pinned.hash:
+                raise RoundError(
+                    f"site {site} pins another roster than {self.config.roster}: compare them (`fedsam keys show`)"
+                )
         self.sites = replies
         self.record.add(
             "run",
@@ -149,10 +164,12 @@ class Federation:
             config_hash=self.config_hash,
             layout_hash=self.manifest.layout_hash,
             weights_hash=self._weights_hash,
+            settings_hash=self._settings_hash,
+            roster_hash=self._pinned.hash if self._pinned else "",
+            sites=list(self.engine.sites),
             classes=self.classes,
             about=self._about,
             secure_sum=self.config.secure_sum,
-            pinned=self.config.roster is not None,
             federation=self.config.model_dump(mode="json", exclude={"roster", "key_dir"}),
         )
         self._enroll()
@@ -207,15 +224,14 @@ class Federation:
 
     def _enroll(self) -> None:
         keys = {site: reply["identity"] for site, reply in self.sites.items()}
-        if self.config.roster is not None:
-            pinned = read_roster(self.config.roster)
+        if self._pinned is not None:
             for site, key in keys.items():
-                if pinned.key(site).hex() != key:
+                if self._pinned.key(site).hex() != key:
                     raise RoundError(f"site {site} has another key than {self.config.roster} pins for it")
         self._roster = Roster({site: bytes.fromhex(key) for site, key in keys.items()})
         self.record.add("roster", keys=keys)
         _, lost = self.engine.call("enroll", {site: {"roster": keys} for site in keys}, self.config.deadline_s)
-        if lost and self.config.roster is not None:
+        if lost and self._pinned is not None:
             raise RoundError("; ".join(f"site {site} refuses the roster: {why}" for site, why in sorted(lost.items())))
 
     def _fits(self, reply: Mapping[str, str]) -> bool:
@@ -242,7 +258,7 @@ class Federation:
             round=round_number,
             attempt=self._attempts,
             layout_hash=sum_hash(self.manifest, layout, task),
-            config_hash=self.config_hash,
+            config_hash=self._settings_hash,
             model_hash=state_hash(self.manifest, state) if state is not None else "",
             sites=sites,
             threshold=default_threshold(len(sites)),

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from fedsam_core.data.preprocess import PreparedCase, PreparedCohort
 from fedsam_core.data.slices import SliceConfig, SliceDataset
@@ -25,8 +26,9 @@ from fedsam_core.federation.answered import Answered
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import describe_failure
 from fedsam_core.federation.lanes import Task, attempt_from_json, layout_of, put_update, sum_hash
+from fedsam_core.federation.policy import read_policy
 from fedsam_core.federation.state import state_hash, unpack_state, weights_hash
-from fedsam_core.hashing import derive_seed
+from fedsam_core.hashing import derive_seed, stable_hash
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.device import describe_device, pick_device
 from fedsam_core.learning.learner import Fit, Learner
@@ -53,7 +55,7 @@ Fill = Callable[[Encoder, VectorLayout], None]
 class SiteSpec(Settings):
     """All that a site needs to take part in a run."""
 
-    run: str
+    run: str = Field(pattern=r"^\w[\w.-]*$")
     site: str
     sites: tuple[str, ...]
     """All sites of the run: this one refuses a sum over fewer."""
@@ -67,6 +69,24 @@ class SiteSpec(Settings):
     federation: FederationConfig
     inference_batch: int
 
+    def settings_hash(self, frozen: str, roster: str) -> str:
+        """SHA-256 (hex) of all that decides what the sites of the run send to whom; every site signs its own.
+
+        A driver that hands one site other settings than the rest (none but it a learning rate, say, so that the sum is
+        its update) gets no sum. What a site may decide for itself is left out: folders, and what it discloses.
+
+        Args:
+            frozen: hash of the weights that nobody trains.
+            roster: hash of the pinned roster, "" for a development roster.
+        """
+        left_out: Any = {
+            "site": True,
+            "cohort": True,
+            "federation": {"roster", "key_dir", "share_site_scores", "share_pictures"},
+            "model": {"checkpoint"},  # a path; what is in it is in `frozen`
+        }
+        return stable_hash([self.model_dump(mode="json", exclude=left_out), frozen, roster])
+
 
 @dataclass(frozen=True)
 class OpenSite:
@@ -75,6 +95,7 @@ class OpenSite:
     prepared: PreparedCohort
     manifest: ParameterManifest
     learner: Learner
+    settings_hash: str
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -99,6 +120,8 @@ class FederatedSite:
         self._session: SiteSession | None = None
         self._layout: VectorLayout | None = None
         self._held: dict[str, Array] | None = None
+        self._total_slices: float | None = None
+        self._pictured = False
         self._fit: tuple[tuple[int, str], Fit] | None = None
         self._scored: list[tuple[CaseScore, Array]] = []
 
@@ -109,11 +132,10 @@ class FederatedSite:
             DataError: a prepared case is missing or damaged, or the site has no training case.
             CheckpointError: the weights do not fit the backbone.
             SelectionError: the selection does not fit the model.
-            SecureSumError: the roster or this site's key cannot be used.
+            SecureSumError: the roster or this site's key cannot be used, or the site's policy forbids the run.
         """
-        spec = self.spec
-        if spec.federation.roster is not None:
-            self._pin(spec.federation.roster)
+        self.spec = spec = self.spec.model_copy(update={"federation": read_policy().tighten(self.spec.federation)})
+        roster_hash = self._pin(spec.federation.roster) if spec.federation.roster else ""
         torch.set_num_threads(spec.learning.threads)
         prepared = PreparedCohort.open(spec.cohort)
         train = [prepared.load(case.id) for case in prepared.cohort.select(spec.site, "train")]
@@ -125,11 +147,13 @@ class FederatedSite:
         device = pick_device()
         dataset = SliceDataset(train, spec.model.image_size, spec.slices)
         learner = Learner(spec.site, segmenter, manifest, dataset, spec.learning, device)
-        self._opened = OpenSite(prepared, manifest, learner)
+        frozen = weights_hash(segmenter, manifest)
+        self._opened = OpenSite(prepared, manifest, learner, spec.settings_hash(frozen, roster_hash))
         return {
             "identity": self._identity.public.hex(),
             "layout_hash": manifest.layout_hash,
-            "weights_hash": weights_hash(segmenter, manifest),
+            "weights_hash": frozen,
+            "roster_hash": roster_hash,
             "device": describe_device(device),
             "precision": "bf16" if learner.autocast else "fp32",
         }
@@ -157,8 +181,9 @@ class FederatedSite:
             OtherAttempt: run, sites, threshold, configuration or layout are not the ones this site was opened with.
             OutOfTurn: the attempt, or a later one, was entered before.
         """
-        with self._logged("advertise"):
-            announced, asked = attempt_from_json(attempt), Task.model_validate(task)
+        announced = attempt_from_json(attempt)
+        with self._logged("advertise", announced):
+            asked = Task.model_validate(task)
             layout = layout_of(
                 asked, len(self.spec.sites), self._site.manifest, len(self._site.classes), self.spec.federation
             )
@@ -191,6 +216,9 @@ class FederatedSite:
         with self._logged("fit"):
             if total is None:
                 raise OutOfTurn(f"site {spec.site} was asked to train, but the sum is about {self._task.purpose}")
+            if total != (self._total_slices or total):
+                raise OtherAttempt(f"site {spec.site} was told another total of slices than before")
+            self._total_slices = total
             accepted, attempt = self._accept(state), self._current()
             with self._masks_ahead(delivered):
                 # A repeated attempt of a round starts from the same state: what was trained is still right.
@@ -241,14 +269,17 @@ class FederatedSite:
         Returns:
             "summary": means over the site's cases by class, and their number; None unless
                 `federation.share_site_scores`. No case, and no volume of a structure, is told apart.
-            "picture": PNG bytes of the median case, None unless asked for and `federation.share_pictures`.
+            "picture": PNG bytes of the median test case, once in a run; None unless asked for and
+                `federation.share_pictures`.
         """
         allowed = self.spec.federation
         summary = None
         if allowed.share_site_scores and self._scored:
             groups = summarize([score for score, _ in self._scored], self._site.classes)["per_site"]
             summary = groups[self.spec.site]
-        png = self._picture() if picture and allowed.share_pictures and self._scored else None
+        png = None
+        if picture and allowed.share_pictures and self._scored and self._task.split == "test" and not self._pictured:
+            png, self._pictured = self._picture(), True
         return {"summary": summary, "picture": png}
 
     @property
@@ -286,15 +317,17 @@ class FederatedSite:
         self._held = unpacked
         return unpacked
 
-    def _pin(self, path: Path) -> None:
-        """Takes the roster and this site's own key from this node's files."""
+    def _pin(self, path: Path) -> str:
+        """Takes the roster and this site's own key from this node's files; gives the roster's hash."""
         spec = self.spec
         self._roster = read_roster(path)
-        key_file = spec.federation.key_dir / f"{spec.site}.key"
+        folder = spec.federation.key_dir.expanduser()
+        key_file = folder / f"{spec.site}.key"
         self._identity = read_identity(key_file, passphrase_from_environment())
         if self._roster.key(spec.site) != self._identity.public:
             raise ForgedKeys(f"{key_file} is not the key that {path} pins for site {spec.site}: exchange keys again")
-        self._answered = Answered(spec.federation.key_dir / f"{spec.site}.answered.json")
+        self._answered = Answered(folder / f"{spec.site}.answered" / f"{spec.run}.json")
+        return self._roster.hash
 
     def _compare(self, attempt: Attempt, task: Task, layout: VectorLayout) -> None:
         """Refuses an attempt that is not about what this site was opened for."""
@@ -303,7 +336,7 @@ class FederatedSite:
             "run": spec.run,
             "sites": spec.sites,
             "threshold": default_threshold(len(spec.sites)),
-            "config_hash": spec.config_hash,
+            "config_hash": self._site.settings_hash,
             "layout_hash": sum_hash(self._site.manifest, layout, task),
         }
         for key, value in own.items():
@@ -312,16 +345,20 @@ class FederatedSite:
                     f"site {spec.site} refuses the {task.purpose} sum of round {attempt.round}: its {key} is {value}, "
                     f"the driver's {theirs}. Start all with the same configuration and code"
                 )
+        if attempt.round > spec.federation.rounds:
+            raise OtherAttempt(f"site {spec.site} refuses round {attempt.round} of {spec.federation.rounds}")
 
     @contextmanager
-    def _logged(self, what: str) -> Iterator[None]:
-        """Every refusal is in the log of the site, by name, whatever the driver makes of it."""
+    def _logged(self, what: str, announced: Attempt | None = None) -> Iterator[None]:
+        """Every refusal is in the log of the site, by name, whatever the driver makes of it, and ends the sum."""
         try:
             yield
         except SecureSumError as error:
-            attempt = self._attempt
+            attempt = announced or self._attempt
             place = f"run {attempt.run}, round {attempt.round}, attempt {attempt.attempt}" if attempt else "no attempt"
             _log.warning("site %s refused %s (%s): %s", self.spec.site, what, place, describe_failure(error))
+            if not isinstance(error, OutOfTurn):  # whoever asks out of turn does not end what is under way
+                self._end_sum()
             raise
 
     @contextmanager
@@ -349,12 +386,13 @@ class FederatedSite:
         try:
             fill(encoder, layout)
         except UnfitValues as error:
-            self._end_sum()
+            # What exactly is the site's own business: even how far a value is beyond its clip says something of it.
+            _log.warning("site %s sends nothing in round %d: %s", self.spec.site, attempt.round, error)
             raise UnfitValues(
-                f"site {self.spec.site} sends nothing in round {attempt.round}: {error}. Where the update is too "
-                "large, lower learning.learning_rate or raise federation.update_clip "
-                f"({self.spec.federation.update_clip:g})"
-            ) from error
+                f"site {self.spec.site} sends nothing in round {attempt.round}: its values do not fit their clips (its "
+                "log says which). Where an update is too large, lower learning.learning_rate or raise "
+                f"federation.update_clip ({self.spec.federation.update_clip:g})"
+            ) from None
         if self.spec.federation.secure_sum == "plain":
             return plain_input(attempt, self.spec.site, self._identity, layout, encoder.vector())
         return self._running().masked_input(encoder.vector())

@@ -1,7 +1,7 @@
 """Replays the record of a run: who took part, what they signed, and whether the stored states follow from the sums.
 
 What a record can prove and what not: the signatures show that every listed site sent the listed messages of that very
-attempt (run, round, layout, configuration, global state) and confirmed that set of survivors. The stored sums give the
+attempt (run, round, layout, settings, global state) and confirmed that set of survivors. The stored sums give the
 global states again, bit for bit. That a sum is really that of the masked vectors rests on the aggregator, which does
 not keep them; each site can compare the hash of its own.
 """
@@ -12,16 +12,25 @@ from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsam_core.errors import FedsamError
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.lanes import Task, attempt_from_dict, layout_of, read_update, sum_hash
 from fedsam_core.federation.rounds import State, apply_update
 from fedsam_core.federation.state import state_hash
-from fedsam_core.secagg.attempt import PROTOCOL, Attempt
+from fedsam_core.secagg.attempt import PROTOCOL, Attempt, default_threshold
 from fedsam_core.secagg.keys import Roster, fingerprint
 from fedsam_core.secagg.layout import VectorLayout
-from fedsam_core.secagg.messages import Advertise, Advertised, Confirmation, encode_broadcast, expect_signed, seal
+from fedsam_core.secagg.messages import (
+    Advertise,
+    Advertised,
+    Confirmation,
+    encode_broadcast,
+    expect_signed,
+    read_header,
+    seal,
+)
 from fedsam_core.secagg.packing import unpack
 from fedsam_core.secagg.quantize import decode_sum
 from fedsam_core.secagg.record import read_chain
@@ -172,35 +181,49 @@ class _Replay:
         return f"{count} sites, keys as the record lists them"
 
     def attempts(self) -> str:
-        run, last = self.only("run")[0], 0
+        run, number = self.only("run")[0], 0
         entries = self.only("sum", "failed")
-        for entry in entries:
+        for number, entry in enumerate(entries, start=1):
             attempt = attempt_from_dict(entry["attempt"])
-            if attempt.attempt <= last:
-                raise _Wrong(f"entry {entry['sequence']}: attempt {attempt.attempt} follows attempt {last}")
-            last = attempt.attempt
-            if (attempt.run, attempt.config_hash) != (run["run"], run["config_hash"]):
-                raise _Wrong(f"entry {entry['sequence']} is of another run or configuration")
-        failed = len(self.only("failed"))
-        return f"{len(entries)} sums, each with keys of its own; {failed} came to nothing and were tried again"
+            if attempt.attempt != number:
+                raise _Wrong(f"entry {entry['sequence']}: attempt {attempt.attempt} stands where {number} should")
+            if (attempt.run, attempt.config_hash) != (run["run"], run["settings_hash"]):
+                raise _Wrong(f"entry {entry['sequence']} is of another run or other settings")
+            if attempt.sites != tuple(run["sites"]) or attempt.threshold != default_threshold(len(run["sites"])):
+                raise _Wrong(f"entry {entry['sequence']} has other sites or another threshold than the run")
+        failed = self.only("failed")
+        if risky := [e["sequence"] for e in failed if any(m["kind"] == "Unmask" for m in e["messages"])]:
+            self.unchecked["failed attempts"] = (
+                f"that nobody opened what entry {', '.join(map(str, risky))} says had failed after shares were sent"
+            )
+        return f"{number} sums, numbered without a gap; {len(failed)} of them came to nothing and were tried again"
 
     def signatures(self) -> str:
         count = 0
         for entry in self.only("sum", "failed"):
             roster, attempt = self.roster_at(entry), attempt_from_dict(entry["attempt"])
+            context = attempt.digest()
             seen: set[tuple[str, str]] = set()
             for message in entry["messages"]:
-                site, kind = message["site"], message["kind"]
-                attempt.index(site)
-                if (site, kind) in seen:
-                    raise _Wrong(f"entry {entry['sequence']}: site {site!r} has two messages {kind}")
-                seen.add((site, kind))
+                where = f"entry {entry['sequence']}, {message['kind']} of site {message['site']!r}"
+                header, digest = bytes.fromhex(message["header"]), bytes.fromhex(message["digest"])
+                body_type, sender, about, length = read_header(header)
+                if (body_type.__name__, sender, about, length) != (
+                    message["kind"],
+                    attempt.index(message["site"]),
+                    context,
+                    message["bytes"],
+                ):
+                    raise _Wrong(f"{where}: the signed header is of another message, site or attempt")
+                if (message["site"], message["kind"]) in seen:
+                    raise _Wrong(f"{where}: there are two of them")
+                seen.add((message["site"], message["kind"]))
                 try:
-                    roster.verify(site, bytes.fromhex(message["signature"]), seal(bytes.fromhex(message["digest"])))
+                    roster.verify(message["site"], bytes.fromhex(message["signature"]), seal(header, digest))
                 except FedsamError as error:
-                    raise _Wrong(f"entry {entry['sequence']}, {kind} of site {site!r}: {error}") from None
+                    raise _Wrong(f"{where}: {error}") from None
                 count += 1
-        return f"{count} signatures hold"
+        return f"{count} signatures hold, each of its kind, site and attempt"
 
     def survivors(self) -> str:
         for entry in self.only("sum"):
@@ -268,6 +291,7 @@ class _Replay:
         """Global states follow from the sums, and every sum's sites signed for the state of its round."""
         config, state = self._config(), self.stored.initial()
         clips: dict[str, float] | None = None
+        slices: float | None = None
         first = self.only("state")[0]
         self.last_state = first["state_hash"]
         if state is not None and state_hash(self.stored.manifest, state) != self.last_state:
@@ -280,15 +304,17 @@ class _Replay:
                 attempt, task = attempt_from_dict(entry["attempt"]), entry["task"]
                 if task["purpose"] != "weights" and attempt.model_hash != self.last_state:
                     raise _Wrong(f"{where}: the sites signed for another global state than the recorded one")
+                if task["purpose"] == "weights" and entry["kind"] == "sum":
+                    slices = float(self._lanes(entry)["slices"][0])
+                if task["purpose"] == "update" and task["total_slices"] != slices:
+                    raise _Wrong(f"{where}: the sites were told another number of slices than they had summed")
                 if task["purpose"] == "update" and state is not None and task["clips"] != clips:
                     raise _Wrong(f"{where}: the clips do not follow from the sum before")
             elif entry["kind"] == "state" and entry["round"] > 0:
                 source = self.entries[entry["sum"]]
                 self._of_round(source, entry, rounds)
-                packed = self.packed(source)
-                if state is not None and packed is not None:
-                    layout = VectorLayout.from_dict(source["layout"])
-                    lanes = decode_sum(layout, unpack(layout, packed), source["contributors"])
+                if state is not None and self.packed(source) is not None:
+                    layout, lanes = VectorLayout.from_dict(source["layout"]), self._lanes(source)
                     update = read_update(layout, lanes, source["contributors"], self.stored.manifest, config)
                     state, clips = apply_update(self.stored.manifest, state, update), update.clips
                     if state_hash(self.stored.manifest, state) != entry["state_hash"]:
@@ -328,6 +354,12 @@ class _Replay:
         """The bytes of a sum, from the record or from its file."""
         values = entry["sum"]["values"]
         return bytes.fromhex(values) if values is not None else self.stored.read_sum(entry["sequence"])
+
+    def _lanes(self, entry: Entry) -> dict[str, NDArray[np.float64]]:
+        layout, packed = VectorLayout.from_dict(entry["layout"]), self.packed(entry)
+        if packed is None:
+            raise _Wrong(f"entry {entry['sequence']}: its sum is missing")
+        return decode_sum(layout, unpack(layout, packed), entry["contributors"])
 
     def _config(self) -> FederationConfig:
         return FederationConfig.model_validate(self.only("run")[0]["federation"])

@@ -7,7 +7,7 @@ and nothing else. Masked vectors are added to a running sum as they come and are
 
 from collections.abc import Sequence
 from enum import Enum
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from fedsam_core.secagg.keys import (
     fingerprint,
     pair_mask_key,
     public_key,
+    require_agreement,
     seed_commitment,
     self_mask_key,
 )
@@ -115,6 +116,7 @@ class AggregatorSession:
     def receive_advertise(self, site: str, data: bytes) -> None:
         """Stage 1: a site's public keys."""
         sender, body, message = self._expect(Stage.ADVERTISE, site, data, Advertise)
+        require_agreement(body.mask_key, body.channel_key)  # all its peers would leave the attempt
         self._keys[sender] = body
         self._key_messages[sender] = data
         self._take(sender, data, message, keep=True)
@@ -273,8 +275,12 @@ class AggregatorSession:
 
     def _honest_helpers(self) -> tuple[int, ...]:
         """`threshold` sites whose shares give back what every owner committed to: one site that sends wrong shares
-        spoils nothing while enough others are there. Where no such group is found, the first group."""
-        groups = list(islice(combinations(sorted(self._unmask), self._attempt.threshold), _TRIES))
+        spoils nothing while enough others are there, of several it depends on who they are. Where no such group is
+        found, the first."""
+        there, size = sorted(self._unmask), self._attempt.threshold
+        # Neighbours first: whoever it is that sends wrong shares, some of these groups are without it.
+        neighbours = (tuple(sorted((there + there)[start : start + size])) for start in range(len(there)))
+        groups = list(dict.fromkeys(islice(chain(neighbours, combinations(there, size)), _TRIES)))
         for group in groups if len(groups) > 1 else ():
             lagrange = shamir.weights([helper + 1 for helper in group])
             found = [self._recover(owner, group, lagrange) for owner in sorted(self._partners)]

@@ -21,9 +21,9 @@ def default_threshold(sites: int) -> int:
 class Attempt:
     """One try at one round. Another try of the same round is another attempt, with fresh keys and another digest.
 
-    `layout_hash`, `config_hash` and `model_hash` are what this party computed itself: two parties that do not agree on
-    them have different digests and refuse each other's messages. `sites` is sorted; a site's place in it is its index
-    on the wire. `threshold` sites can recover the sum of the survivors, fewer can recover nothing.
+    `layout_hash`, `config_hash` and `model_hash` are part of the digest: parties that were told different ones refuse
+    each other's messages. Whoever answers compares them with what it computes itself. `sites` is sorted; a site's place
+    in it is its index on the wire. `threshold` sites can recover the sum of the survivors, fewer can recover nothing.
     """
 
     run: str

@@ -183,6 +183,13 @@ def seed_commitment(seed: Secret, index: int, context: bytes) -> bytes:
     return bytes(_derive(seed.reveal(), context, _info("self mask commitment", _number(index))).reveal())
 
 
+def require_agreement(*peer_publics: bytes) -> None:
+    """Raises ForgedKeys where an X25519 public key makes a secret that anybody knows (RFC 7748, section 6.1)."""
+    probe = Secret(bytes(range(KEY_BYTES)))
+    for peer_public in peer_publics:
+        _agree(probe, peer_public)
+
+
 def _agree(secret: Secret, peer_public: bytes) -> bytes:
     try:
         return X25519PrivateKey.from_private_bytes(secret.reveal()).exchange(

@@ -2,9 +2,9 @@
 
 Every message starts with a header of 48 bytes: magic, version, kind, sender (a site's index, or 65535 for the
 aggregator), the attempt's digest and the length of the body, all big endian. What a site sends ends with its Ed25519
-signature of header and body (over their SHA-256, so that a large vector is read once). What the aggregator broadcasts
-is not signed: it holds the sites' own signed messages, or is checked against them later. Vectors are packed as
-`packing` says. `decode` raises MalformedMessage and nothing else, whatever the bytes.
+signature over the header and the SHA-256 of the body: a record of these two is enough to check who sent what. What the
+aggregator broadcasts is not signed: it holds the sites' own signed messages, or is checked against them later. Vectors
+are packed as `packing` says. `decode` raises MalformedMessage and nothing else, whatever the bytes.
 """
 
 import struct
@@ -57,8 +57,14 @@ class Message:
     sender: int
     body: Body
     signature: bytes
-    sealed: bytes = field(repr=False)
-    """The bytes that the signature is made over: `seal` of the SHA-256 of header and body."""
+    header: bytes = field(repr=False)
+    digest: bytes = field(repr=False)
+    """SHA-256 of the body; empty in a message that is not signed."""
+
+    @property
+    def sealed(self) -> bytes:
+        """The bytes that the signature is made over."""
+        return seal(self.header, self.digest)
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,10 @@ BODIES: dict[int, type[Body]] = {body.KIND: body for body in _SET}
 def encode_signed(body: Body, context: bytes, sender: int, identity: Identity) -> bytes:
     """A site's message."""
     parts = _frame(body, context, sender)
-    return b"".join([*parts, identity.sign(_sealed(parts))])
+    digest = sha256()
+    for part in parts[1:]:
+        digest.update(part)
+    return b"".join([*parts, identity.sign(seal(bytes(parts[0]), digest.digest()))])
 
 
 def encode_broadcast(body: Body, context: bytes) -> bytes:
@@ -264,31 +273,18 @@ def decode(data: bytes) -> Message:
     """
     if not isinstance(data, bytes):
         raise MalformedMessage(f"a message must be bytes, not {type(data).__name__}")
-    if len(data) < _HEADER.size:
-        raise MalformedMessage(f"a message of {len(data)} bytes is too short: it was cut off")
-    magic, version, kind, sender, context, length = _HEADER.unpack_from(data)
-    if magic != MAGIC:
-        raise MalformedMessage("a message does not start as a secure-sum message does: it was damaged or is none")
-    if version != VERSION:
-        raise MalformedMessage(
-            f"a message has version {version}, this program speaks {VERSION}: use one release everywhere"
-        )
-    if kind not in BODIES:
-        raise MalformedMessage(f"a message has the unknown kind {kind}: it was damaged or forged")
-    body_type = BODIES[kind]
-    trailer = SIGNATURE_BYTES if body_type.FROM_SITE else 0
-    if _HEADER.size + length + trailer != len(data):
+    body_type, sender, context, length = read_header(data[: _HEADER.size])
+    if length != len(data):
         raise MalformedMessage(
             f"a message of {len(data)} bytes has another length than it says: it was cut off or forged"
         )
-    if (sender == AGGREGATOR) == body_type.FROM_SITE:
-        raise MalformedMessage(f"a {body_type.__name__} message cannot come from sender {sender}: it was forged")
     view = memoryview(data)
-    end = len(data) - trailer
+    end = len(data) - _trailer(body_type)
     reader = _Reader(view[_HEADER.size : end])
     body = body_type.unpack(reader)
     reader.finish()
-    return Message(context, sender, body, bytes(view[end:]), _sealed([view[:end]]) if trailer else b"")
+    digest = sha256(view[_HEADER.size : end]).digest() if body_type.FROM_SITE else b""
+    return Message(context, sender, body, bytes(view[end:]), bytes(view[: _HEADER.size]), digest)
 
 
 def expect(data: bytes, body_type: type[B], context: bytes) -> tuple[int, B, Message]:
@@ -314,23 +310,42 @@ def expect_signed(
     return sender, body, message
 
 
-def seal(digest: bytes) -> bytes:
-    """What a site signs for a message whose header and body have that SHA-256: a signature can be checked without the
-    message, and is good for nothing else."""
-    return b"fedsam secure-sum message\x00" + digest
+def seal(header: bytes, digest: bytes) -> bytes:
+    """What a site signs for a message with this header, whose body has this SHA-256."""
+    return b"fedsam secure-sum message\x00" + header + digest
+
+
+def read_header(header: bytes) -> tuple[type[Body], int, bytes, int]:
+    """What a header says: type of the body, sender, attempt's digest, length of the whole message.
+
+    Raises:
+        MalformedMessage: it is none of this protocol's version.
+    """
+    if len(header) != _HEADER.size:
+        raise MalformedMessage(f"a message of {len(header)} bytes is too short: it was cut off")
+    magic, version, kind, sender, context, length = _HEADER.unpack(header)
+    if magic != MAGIC:
+        raise MalformedMessage("a message does not start as a secure-sum message does: it was damaged or is none")
+    if version != VERSION:
+        raise MalformedMessage(
+            f"a message has version {version}, this program speaks {VERSION}: use one release everywhere"
+        )
+    if kind not in BODIES:
+        raise MalformedMessage(f"a message has the unknown kind {kind}: it was damaged or forged")
+    body_type = BODIES[kind]
+    if (sender == AGGREGATOR) == body_type.FROM_SITE:
+        raise MalformedMessage(f"a {body_type.__name__} message cannot come from sender {sender}: it was forged")
+    return body_type, sender, context, _HEADER.size + length + _trailer(body_type)
+
+
+def _trailer(body_type: type[Body]) -> int:
+    return SIGNATURE_BYTES if body_type.FROM_SITE else 0
 
 
 def _frame(body: Body, context: bytes, sender: int) -> Parts:
     packed = body.pack()
     length = sum(len(part) for part in packed)
     return [_HEADER.pack(MAGIC, VERSION, body.KIND, sender, context, length), *packed]
-
-
-def _sealed(parts: Parts) -> bytes:
-    digest = sha256()
-    for part in parts:
-        digest.update(part)
-    return seal(digest.digest())
 
 
 def _pack_ciphertexts(ciphertexts: tuple[tuple[int, bytes], ...]) -> Parts:

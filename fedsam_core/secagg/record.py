@@ -32,8 +32,9 @@ class Received:
         site: who sent it.
         kind: the message's type.
         bytes: its length.
-        digest: SHA-256 (hex) of header and body, which the signature is over (`messages.seal`).
-        signature: hex.
+        header: hex; says kind, sender, attempt and length.
+        digest: SHA-256 (hex) of the body.
+        signature: of both (`messages.seal`), hex.
         message: all of it (hex) where the checks need more than its digest: keys and confirmations. Never of a vector
             or a share.
     """
@@ -41,6 +42,7 @@ class Received:
     site: str
     kind: str
     bytes: int
+    header: str
     digest: str
     signature: str
     message: str | None = None
@@ -52,7 +54,8 @@ def received(site: str, data: bytes, message: Message, keep: bool = False) -> Re
         site=site,
         kind=type(message.body).__name__,
         bytes=len(data),
-        digest=message.sealed[-32:].hex(),
+        header=message.header.hex(),
+        digest=message.digest.hex(),
         signature=message.signature.hex(),
         message=data.hex() if keep else None,
     )

@@ -47,6 +47,10 @@ class OpenedBefore(SecureSumError):
     """A sum that was opened before for other survivors: the difference of the two would be one site's."""
 
 
+class AgainstPolicy(SecureSumError):
+    """A run that asks for less protection than a site's own policy demands."""
+
+
 class BareLane(SecureSumError):
     """A lane that fewer than `min_contributors` sites would be summed in: it would be laid bare."""
 

@@ -42,7 +42,7 @@ def small_specs(prepared: PreparedCohort, selection: LayerSelection | None = Non
             selection=selection or preset("flap", 4),
             slices=SliceConfig(),
             learning=LearningConfig(local_steps=2, batch_size=4, precision="fp32"),
-            federation=FederationConfig(**{"rounds": 2, **federation}),
+            federation=FederationConfig(**{"rounds": 2, "share_pictures": True, **federation}),
             inference_batch=16,
         )
         for site in prepared.cohort.sites
@@ -54,7 +54,7 @@ def small_federation(engine: Engine, spec: SiteSpec, classes: int = 2) -> tuple[
     segmenter = build_segmenter(spec.model, classes, spec.selection, seed=derive_seed(SEED, "model"))
     manifest = adapt(segmenter, spec.selection)
     frozen = weights_hash(segmenter, manifest)
-    federation = Federation(engine, manifest, classes, RUN, CONFIG_HASH, spec.federation, frozen)
+    federation = Federation(engine, spec, manifest, classes, frozen)
     state = shared_state(segmenter, manifest)
     federation.open(state)
     return federation, state

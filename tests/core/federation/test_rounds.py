@@ -205,7 +205,7 @@ def test_a_site_of_another_run_refuses_by_name(prepared: PreparedCohort, field: 
     specs = small_specs(prepared)
     specs[1] = specs[1].model_copy(update={field: "other"})
     federation, _ = small_federation(in_process(specs, FederatedSite), specs[0])
-    with pytest.raises(RoundError, match=f"site-b refuses .* its {field} is other"):
+    with pytest.raises(RoundError, match=f"site-b refuses .* its {field} is "):
         federation.total_slices()
 
 
@@ -225,7 +225,7 @@ def test_a_site_whose_training_diverges_sends_nothing_and_is_named(
 def test_an_update_over_the_clip_is_refused_not_saturated(prepared: PreparedCohort) -> None:
     specs = small_specs(prepared, update_clip=1e-6)
     federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
-    with pytest.raises(RoundError, match=r"the update holds a change of .*, over federation.update_clip"):
+    with pytest.raises(RoundError, match=r"its values do not fit their clips .* federation.update_clip"):
         run_rounds(federation, state, lambda *_: None)
 
 

@@ -25,9 +25,9 @@ from fedsam_core.federation.state import state_hash
 from fedsam_core.federation.verify import Check, Stored, verify
 from fedsam_core.secagg import site as site_session
 from fedsam_core.secagg.keyfiles import create_identity, read_identity, read_roster
-from fedsam_core.secagg.keys import Roster, Secret, fingerprint
+from fedsam_core.secagg.keys import Identity, Roster, Secret, fingerprint
 from fedsam_core.secagg.layout import VectorLayout
-from fedsam_core.secagg.messages import Advertised, MaskedInput, Shares, Unmask, decode, encode_broadcast
+from fedsam_core.secagg.messages import Advertised, MaskedInput, Shares, Unmask, decode, encode_broadcast, seal
 from fedsam_core.secagg.packing import pack, unpack
 from fedsam_core.secagg.quantize import Encoder, decode_sum
 from fedsam_core.secagg.record import GENESIS
@@ -516,14 +516,12 @@ def without(kind: str) -> Change:
     return lambda entries: entries[UPDATE_1]["messages"].remove(message(entries[UPDATE_1], kind))
 
 
-def consistent_survivors(entries: list[Entry]) -> None:
-    """Only two survivors, and everything that the aggregator computes itself made to fit."""
-    entry = entries[UPDATE_1]
-    two = ["site-a", "site-b"]
+def leave_out(entry: Entry, lost: str, survivors: list[str]) -> None:
+    """A survivor less, and everything that the aggregator computes itself made to fit."""
     gone = ("MaskedInput", "Confirmation", "Unmask")
-    entry["messages"] = [m for m in entry["messages"] if m["site"] in two or m["kind"] not in gone]
-    entry["course"].update(survivors=two, statement=restated(entry, two))
-    entry["contributors"] = two
+    entry["messages"] = [m for m in entry["messages"] if m["site"] != lost or m["kind"] not in gone]
+    entry["course"].update(survivors=survivors, statement=restated(entry, survivors))
+    entry["contributors"] = survivors
 
 
 def restated(entry: Entry, survivors: list[str]) -> str:
@@ -562,7 +560,7 @@ FORGERIES: dict[str, tuple[str, Change]] = {
     "no confirmation of a site": ("survivors", without("Confirmation")),
     "no shares for opening of a site": ("survivors", without("Unmask")),
     "other survivors": ("survivors", put(UPDATE_1, "course", "survivors", TWO)),
-    "other survivors throughout": ("survivors", consistent_survivors),
+    "other survivors throughout": ("survivors", lambda entries: leave_out(entries[UPDATE_1], "site-c", TWO)),
     "other partners": ("survivors", put(UPDATE_1, "course", "partners", TWO)),
     "another statement": ("survivors", put(UPDATE_1, "course", "statement", ZERO)),
     "other contributors": ("survivors", put(UPDATE_1, "contributors", TWO)),
@@ -649,6 +647,28 @@ def test_a_forgery_is_found_though_the_chain_holds(good: Kept, name: str) -> Non
 
 def test_a_key_that_the_consortium_does_not_know_is_found(good: Kept, spied: Spied) -> None:
     assert "keys" in forge(good, put(ROSTER, "keys", "site-a", "ab" * 32)).failed(spied.roster)
+
+
+def test_a_site_that_is_said_to_be_lost_is_missed_by_those_who_confirmed_it(troubled: Kept) -> None:
+    """Three of four are enough for a sum, so it is the statement alone that does not fit."""
+    at = next(n for n, entry in enumerate(troubled.entries) if len(entry.get("course", {}).get("survivors", ())) == 4)
+    three = ["site-a", "site-b", "site-c"]
+
+    def change(entries: list[Entry]) -> None:
+        leave_out(entries[at], "site-d", three)
+
+    found = forge(troubled, change).findings()
+    assert found["survivors"].status == "failed"
+    assert "confirmed something else" in found["survivors"].detail
+
+
+def test_a_message_of_a_site_outside_the_run_is_found_though_its_signature_holds(good: Kept, spied: Spied) -> None:
+    stranger, digest = Identity.generate(), sha256(b"a message").digest()
+    roster = Roster({**spied.roster.keys, "site-z": stranger.public})
+    signature = stranger.sign(seal(digest)).hex()
+    alien = {"site": "site-z", "kind": "Shares", "bytes": 9, "digest": digest.hex(), "signature": signature}
+    forged = forge(good, lambda entries: entries[UPDATE_1]["messages"].append({**alien, "message": None}))
+    assert forged.failed(roster) == {"signatures"}
 
 
 def test_a_changed_stored_sum_with_its_hash_gives_other_states(good: Kept) -> None:
