@@ -71,6 +71,7 @@ def stage(tmp_path: Path, cohort_folder: Path, capsys: pytest.CaptureFixture[str
             "rank=4",
             "engine.kind=in-process",
             "federation.rounds=2",
+            "federation.share_pictures=true",
             "learning.local_steps=2",
             "learning.batch_size=4",
         ]
