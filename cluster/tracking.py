@@ -27,6 +27,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 
+from filelock import FileLock
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -43,6 +44,7 @@ for _chatter in ("alembic", "mlflow"):
 _log = logging.getLogger(__name__)
 
 # MLflow's limits on one batch.
+_LOCK_SECONDS = 120.0
 _PARAMS_PER_BATCH = 100
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.:/ -]")
 _METRICS_PER_BATCH = 1000
@@ -166,9 +168,16 @@ class Tracking:
         return f"{environment}{shlex.quote(str(program))} ui --workers 1 --backend-store-uri {shlex.quote(self.uri)}"
 
     def _client(self) -> MlflowClient:
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        client: MlflowClient = self._asked(lambda: MlflowClient(tracking_uri=self.uri, registry_uri=self.uri))
+        def connect() -> MlflowClient:
+            if not self.uri.startswith("sqlite:///"):
+                return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            database = Path(self.uri.removeprefix("sqlite:///"))
+            database.parent.mkdir(parents=True, exist_ok=True)
+            # A client makes the tables where they are missing: of two first runs at once, one has to wait.
+            with FileLock(f"{database}.lock", timeout=_LOCK_SECONDS):
+                return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+        client: MlflowClient = self._asked(connect)
         return client
 
     def _experiment_id(self, client: MlflowClient) -> str:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from fedsam_core.errors import CheckpointError, FedsamError
 from fedsam_core.federation.rounds import State
-from fedsam_core.federation.state import unpack_state
+from fedsam_core.federation.state import read_note, unpack_state
 from fedsam_core.federation.verify import Check, Stored, verify
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
@@ -111,11 +111,9 @@ def _state(manifest: ParameterManifest, path: Path) -> tuple[State, dict[str, st
     """A stored global state and the notes in its header."""
     data = _bytes(path)
     try:
-        state = unpack_state(manifest, data)
+        return unpack_state(manifest, data), read_note(data)
     except FedsamError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
-    length = int.from_bytes(data[:8], "little")
-    return state, json.loads(data[8 : 8 + length]).get("__metadata__", {})
 
 
 def _exists(path: Path) -> bool:

@@ -243,9 +243,10 @@ def _stored_geometry(path: Path, key: str) -> dict[str, Any] | None:
             metadata: dict[str, str] = tensors.metadata() or {}
     except (OSError, SafetensorError):
         return None
-    if metadata.get("key") != key:
+    about = json.loads(metadata.get("fedsam", "{}"))
+    if about.get("key") != key:
         return None
-    geometry: dict[str, Any] = json.loads(metadata["geometry"])
+    geometry: dict[str, Any] = about["geometry"]
     return geometry
 
 
@@ -266,7 +267,9 @@ def _encode_case(case: Case, cohort: Cohort, config: PreprocessConfig, key: str)
         "label": np.ascontiguousarray(geometry.to_slices(label.voxels, order=0)),
     }
     written = geometry.to_dict()
-    return written, save(tensors, {"key": key, "case": case.id, "geometry": json.dumps(written)})
+    # One entry, because safetensors writes several in any order: two that prepare at once must write the same bytes.
+    about = json.dumps({"key": key, "case": case.id, "geometry": written}, sort_keys=True)
+    return written, save(tensors, {"fedsam": about})
 
 
 def _to_slices(image: Volume, config: PreprocessConfig, modality: Modality) -> tuple[Geometry, npt.NDArray[np.float32]]:

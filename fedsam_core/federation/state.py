@@ -1,6 +1,7 @@
 """The global shared state on the wire and on disk: safetensors, named by the manifest."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,22 @@ def pack_state(manifest: ParameterManifest, state: Mapping[str, Array], note: Ma
         SelectionError: a name or a shape differs from the manifest.
     """
     ordered = manifest.unflatten(manifest.flatten(state))
-    return save(ordered, metadata={"layout_hash": manifest.layout_hash, **(note or {})})
+    # One entry, because safetensors writes several in any order: equal states are equal bytes.
+    about = json.dumps({"layout_hash": manifest.layout_hash, **(note or {})}, sort_keys=True)
+    return save(ordered, metadata={"fedsam": about})
+
+
+def read_note(data: bytes) -> dict[str, str]:
+    """The notes in the header of a packed state that `unpack_state` takes.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return {str(key): str(value) for key, value in json.loads(header["__metadata__"]["fedsam"]).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError("the global state has no notes in its header: it was not written by fedsam") from error
 
 
 def unpack_state(manifest: ParameterManifest, data: bytes) -> dict[str, Array]:

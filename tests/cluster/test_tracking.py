@@ -290,3 +290,24 @@ def test_the_ui_command_shows_the_runs(server):
     )
     with urllib.request.urlopen(request, timeout=20) as reply:
         assert "from-a-laptop" in {experiment["name"] for experiment in json.load(reply)["experiments"]}
+
+
+def test_two_first_runs_at_once_make_one_database(tmp_path: Path) -> None:
+    """Both find no database and would make its tables."""
+    script = (
+        "import sys; from pathlib import Path; from cluster.tracking import Tracking, TrackingConfig\n"
+        "with Tracking(TrackingConfig(), Path(sys.argv[1])).start(sys.argv[2], {}, {}): pass"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), name], stderr=subprocess.PIPE, text=True, cwd=Path.cwd()
+        )
+        for name in ("one", "two", "three")
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fedsam")
+    assert experiment is not None
+    assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {"one", "two", "three"}
