@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,26 @@ def checks(run: Path, roster: Path | None) -> list[Check]:
         SecureSumError: the roster cannot be read.
     """
     pinned = None if roster is None else read_roster(roster)
-    lines = _bytes(run / "record.jsonl").splitlines()
+    record = _bytes(run / "record.jsonl")
+    lines = record.split(b"\n")
+    if lines.pop():
+        lines.append(b"")  # the last line was cut off: no entry
+    data = _bytes(run / "manifest.json")
     try:
-        manifest = ParameterManifest.from_json(_bytes(run / "manifest.json").decode())
-    except (UnicodeDecodeError, FedsamError) as error:
+        manifest = ParameterManifest.from_json(data.decode())
+    except (UnicodeDecodeError, RecursionError, FedsamError) as error:
         raise CheckpointError(f"{run / 'manifest.json'}: {error}") from error
     initial, final = run / "initial.safetensors", run / "state.safetensors"
     stored = Stored(
         manifest=manifest,
-        initial=lambda: _state(manifest, initial)[0] if _exists(initial) else None,
+        initial=lambda: _first_state(manifest, initial) if _exists(initial) else None,
         final=lambda: _state(manifest, final),
         read_sum=lambda entry: _bytes(run / sum_file(entry)) if _exists(run / sum_file(entry)) else None,
     )
     found = verify(lines, stored, pinned)
     if all(check.status != "failed" for check in found):
-        found.append(_configuration(run / "config.yaml", json.loads(lines[0])))
+        begun = json.loads(lines[0])
+        found += [*_configuration(run / "config.yaml", begun, manifest), _end(run / "summary.json", lines[-1])]
     return found
 
 
@@ -80,31 +86,63 @@ def show(found: Sequence[Check], as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(check) for check in found], indent=1))
         return
-    rows = [(check.what, check.status, check.detail) for check in found]
+    # A record may hold anything: nothing in it is markup, or moves the cursor.
+    rows = [tuple(console.plain(_printable(text)) for text in (c.what, c.status, c.detail)) for c in found]
     console.out.print(console.table("Record of the run", ("check", "", "finding"), rows))
     failed = [check.what for check in found if check.status == "failed"]
     console.out.print(f"wrong: {', '.join(failed)}" if failed else "nothing that could be checked is wrong")
 
 
-def _configuration(path: Path, begun: dict[str, Any]) -> Check:
-    """Whether config.yaml is what the sites signed for."""
+def _end(path: Path, last: bytes) -> Check:
+    """Whether the record ends as the run did."""
+    if not _exists(path):
+        return Check("end", "not checked", f"there is no {path.name}: the run did not come to its end")
+    try:
+        noted = json.loads(_bytes(path))["record_head"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return Check("end", "failed", f"{path.name} is not that of a run ({type(error).__name__})")
+    if noted != sha256(last).hexdigest():
+        return Check(
+            "end", "failed", f"{path.name} notes another head of the record: what came last was changed or cut"
+        )
+    return Check("end", "ok", f"the record's head is the one that {path.name} notes")
+
+
+def _configuration(path: Path, begun: dict[str, Any], manifest: ParameterManifest) -> list[Check]:
+    """Whether config.yaml and the manifest's selection are what the sites signed for."""
     what = "configuration"
     try:
         config = Config.model_validate(yaml.safe_load(_bytes(path)))
         (spec, *_) = site_specs(config, begun["sites"], begun["run"], begun["config_hash"])
-        found = {
-            "config_hash": config.science_hash(begun["about"]["cohort_hash"]),
-            "settings_hash": spec.settings_hash(begun["weights_hash"], begun["roster_hash"]),
-        }
-    except (ValidationError, ValueError, yaml.YAMLError, FedsamError) as error:
+        signed = spec.settings_hash(begun["weights_hash"], begun["roster_hash"])
+    except (ValidationError, LookupError, TypeError, ValueError, RecursionError, yaml.YAMLError, FedsamError) as error:
         reason = " ".join(str(error).split())[:200]
-        return Check(what, "failed", f"{path.name} is not the configuration of a run ({reason})")
+        return [Check(what, "failed", f"{path.name} is not the configuration of the run ({reason})")]
+    if signed != begun["settings_hash"]:
+        return [Check(what, "failed", f"{path.name} says something else than the sites signed for")]
+    if manifest.selection != config.layers:
+        return [Check(what, "failed", f"manifest.json has selection {manifest.selection.name}, not the run's")]
+    found = [Check(what, "ok", f"{path.name} is what the sites signed for ({signed[:16]})")]
+    try:
+        cohort = config.science_hash(begun["about"]["cohort_hash"])
+    except (LookupError, TypeError, ValueError) as error:
+        return [Check(what, "failed", f"the record does not say of which cohort the run is ({type(error).__name__})")]
     except OSError as error:
-        return Check(what, "not checked", f"its hash needs a file that is not here ({error})")
-    for key, value in found.items():
-        if begun[key] != value:
-            return Check(what, "failed", f"{path.name} has {key} {value[:16]}, the sites signed for {begun[key][:16]}")
-    return Check(what, "ok", f"{path.name} is what the sites signed for ({found['settings_hash'][:16]})")
+        return [*found, Check("backbone", "not checked", f"that model.checkpoint is still the same file ({error})")]
+    if cohort != begun["config_hash"]:
+        return [Check(what, "failed", "model.checkpoint, or the cohort's hash, is not that of the run")]
+    return found
+
+
+def _first_state(manifest: ParameterManifest, path: Path) -> State:
+    state, note = _state(manifest, path)
+    if note.get("layout_hash") != manifest.layout_hash:
+        raise CheckpointError(f"{path.name} is of another layout than manifest.json")
+    return state
+
+
+def _printable(text: str) -> str:
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def _state(manifest: ParameterManifest, path: Path) -> tuple[State, dict[str, str]]:

@@ -12,12 +12,13 @@ changes together is read from the sum. What is beyond a clip is cut, and how muc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from fedsam_core.errors import SecureSumError
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.hashing import stable_hash
 from fedsam_core.learning.learner import Fit
@@ -41,6 +42,17 @@ class Task(Settings):
         None, description="for updates: clip by tensor group; None in the first round, when no magnitude is known"
     )
     split: Literal["val", "test"] | None = Field(None, description="for scores: which cases")
+
+    @model_validator(mode="after")
+    def _one_question(self) -> Self:
+        # What a site has answered is known by purpose and split: the same question has no second name.
+        if (self.split is not None) != (self.purpose == "scores"):
+            raise ValueError("a split is given for scores, and for nothing else")
+        if (self.total_slices is not None) != (self.purpose == "update"):
+            raise ValueError("the total of slices is given for updates, and for nothing else")
+        if self.clips is not None and self.purpose != "update":
+            raise ValueError("clips are for updates")
+        return self
 
 
 # A lane's clip is the largest value of one site; the quantiser refuses what is beyond, so that nothing saturates.
@@ -247,16 +259,27 @@ def attempt_to_json(attempt: Attempt) -> bytes:
 
 
 def attempt_from_json(data: bytes) -> Attempt:
-    """The inverse of `attempt_to_json`. Raises SecureSumError for anything else."""
+    """The inverse of `attempt_to_json`. Raises MalformedMessage for anything else."""
     try:
-        return _ATTEMPT.validate_json(data, strict=True)
-    except ValidationError as error:
+        attempt = _ATTEMPT.validate_json(data, strict=True)
+        if set(json.loads(data)) != set(asdict(attempt)):
+            raise ValueError("it has other fields than an attempt")
+    except (ValueError, SecureSumError, RecursionError) as error:  # pydantic's are ValueErrors
         raise MalformedMessage(f"the announcement of a sum is malformed ({' '.join(str(error).split())})") from error
+    return attempt
 
 
 def attempt_from_dict(fields: Mapping[str, Any]) -> Attempt:
-    """An attempt from its fields. Raises SecureSumError where one is missing, unknown or of another type."""
+    """An attempt from its fields. Raises MalformedMessage where one is missing, unknown or of another type."""
     return attempt_from_json(json.dumps(fields).encode())
+
+
+def task_from_dict(fields: Mapping[str, Any]) -> Task:
+    """A task from its fields. Raises MalformedMessage where one is missing, unknown or of another type."""
+    try:
+        return Task.model_validate(fields)
+    except ValidationError as error:
+        raise MalformedMessage(f"the task of a sum is malformed ({' '.join(str(error).split())})") from error
 
 
 _ATTEMPT = TypeAdapter(Attempt)

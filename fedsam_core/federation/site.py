@@ -25,7 +25,7 @@ from fedsam_core.evaluation.overlays import overlay
 from fedsam_core.federation.answered import Answered
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import describe_failure
-from fedsam_core.federation.lanes import Task, attempt_from_json, layout_of, put_update, sum_hash
+from fedsam_core.federation.lanes import Task, attempt_from_json, layout_of, put_update, sum_hash, task_from_dict
 from fedsam_core.federation.policy import read_policy
 from fedsam_core.federation.state import state_hash, unpack_state, weights_hash
 from fedsam_core.hashing import derive_seed, stable_hash
@@ -134,8 +134,10 @@ class FederatedSite:
             SelectionError: the selection does not fit the model.
             SecureSumError: the roster or this site's key cannot be used, or the site's policy forbids the run.
         """
-        self.spec = spec = self.spec.model_copy(update={"federation": read_policy().tighten(self.spec.federation)})
-        roster_hash = self._pin(spec.federation.roster) if spec.federation.roster else ""
+        with self._logged("open"):
+            policy = read_policy()
+            self.spec = spec = self.spec.model_copy(update={"federation": policy.tighten(self.spec.federation)})
+            roster_hash = self._pin(spec.federation.roster) if spec.federation.roster else ""
         torch.set_num_threads(spec.learning.threads)
         prepared = PreparedCohort.open(spec.cohort)
         train = [prepared.load(case.id) for case in prepared.cohort.select(spec.site, "train")]
@@ -164,11 +166,11 @@ class FederatedSite:
         Raises:
             UnknownSite: this site pins a roster, and the driver's is another.
         """
-        told = Roster({site: bytes.fromhex(key) for site, key in roster.items()})
-        if self.spec.federation.roster is None:
-            self._roster = told
-        elif self._roster is None or any(self._roster.key(site) != key for site, key in told.keys.items()):
-            with self._logged("enroll"):
+        with self._logged("enroll"):
+            pinned = None if self.spec.federation.roster is None else self._roster
+            if pinned is None:
+                self._roster = Roster({site: bytes.fromhex(key) for site, key in roster.items()})
+            elif any(site not in pinned.keys or pinned.key(site).hex() != key for site, key in roster.items()):
                 raise UnknownSite(
                     f"site {self.spec.site} was told other keys than those of {self.spec.federation.roster}, which it "
                     "pins: compare the rosters (`fedsam keys show`)"
@@ -181,9 +183,10 @@ class FederatedSite:
             OtherAttempt: run, sites, threshold, configuration or layout are not the ones this site was opened with.
             OutOfTurn: the attempt, or a later one, was entered before.
         """
-        announced = attempt_from_json(attempt)
+        with self._logged("advertise"):
+            announced = attempt_from_json(attempt)
         with self._logged("advertise", announced):
-            asked = Task.model_validate(task)
+            asked = task_from_dict(task)
             layout = layout_of(
                 asked, len(self.spec.sites), self._site.manifest, len(self._site.classes), self.spec.federation
             )
@@ -242,7 +245,7 @@ class FederatedSite:
                 raise OutOfTurn(f"site {self.spec.site} was asked to score, but the sum is about {self._task.purpose}")
             load_shared_state(self._site.learner.segmenter, self._site.manifest, self._accept(state))
             with self._masks_ahead(delivered):
-                self._scored = [self._segment(prepared) for prepared in self._cases(self._task.split)]
+                self._scored = self._segment_all(self._task.split)
             totals, counts = dice_sums([score for score, _ in self._scored], len(self._site.classes))
             return self._contribute(lambda encoder, _: encoder.put_all({"dice": totals, "cases": counts}))
 
@@ -258,8 +261,9 @@ class FederatedSite:
         """Opens the sum, and only the sum; the attempt's keys are wiped afterwards."""
         with self._logged("unmask"):
             session = self._running()
-            self._answered.open(self._current(), self._about, session.survivors)
             message = session.unmask(confirmations)
+            # Before the shares leave, for whom they are is noted for good.
+            self._answered.open(self._current(), self._about, session.survivors)
             self._end_sum()
             return message
 
@@ -345,6 +349,8 @@ class FederatedSite:
                     f"site {spec.site} refuses the {task.purpose} sum of round {attempt.round}: its {key} is {value}, "
                     f"the driver's {theirs}. Start all with the same configuration and code"
                 )
+        if task.purpose == "weights" and attempt.model_hash:
+            raise OtherAttempt(f"site {spec.site} refuses to count slices for a global state: they depend on none")
         if attempt.round > spec.federation.rounds:
             raise OtherAttempt(f"site {spec.site} refuses round {attempt.round} of {spec.federation.rounds}")
 
@@ -373,6 +379,8 @@ class FederatedSite:
             try:
                 yield
                 making.result()
+            except OutOfTurn:
+                raise  # ends nothing that is under way
             except BaseException:
                 making.exception()  # has ended, before its secrets are wiped
                 self._end_sum()
@@ -405,6 +413,14 @@ class FederatedSite:
 
     def _cases(self, split: Literal["train", "val", "test"]) -> list[PreparedCase]:
         return [self._site.prepared.load(case.id) for case in self._site.prepared.cohort.select(self.spec.site, split)]
+
+    def _segment_all(self, split: Literal["val", "test"]) -> list[tuple[CaseScore, Array]]:
+        try:
+            return [self._segment(prepared) for prepared in self._cases(split)]
+        except DataError as error:
+            # Names of files are often names of cases, and why a site is lost is in the run's tables and record.
+            _log.exception("site %s cannot score", self.spec.site)
+            raise DataError(f"site {self.spec.site} cannot read a {split} case: its log names the file") from error
 
     def _segment(self, prepared: PreparedCase) -> tuple[CaseScore, Array]:
         """Score and label map of a case, on the scan's own grid."""

@@ -87,7 +87,15 @@ def verify(lines: Sequence[bytes], stored: Stored, pinned: Roster | None) -> lis
             return True
         except (_Wrong, FedsamError) as error:
             detail = str(error)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            MemoryError,
+            RecursionError,
+        ) as error:
             detail = f"an entry is malformed ({type(error).__name__}: {error})"
         checks.append(Check(what, "failed", detail))
         return False
@@ -100,8 +108,7 @@ def verify(lines: Sequence[bytes], stored: Stored, pinned: Roster | None) -> lis
     check("keys", replay.keys)
     check("attempts", replay.attempts)
     check("signatures", replay.signatures)
-    if replay.masked:
-        check("survivors", replay.survivors)
+    check("survivors", replay.survivors)
     check("sums", replay.sums)
     check("states", replay.states)
     check("checkpoint", replay.checkpoint)
@@ -146,8 +153,13 @@ class _Replay:
 
     def run(self) -> str:
         first = self.only("run")
-        if len(first) != 1:
-            raise _Wrong(f"the record has {len(first)} beginnings of a run")
+        if len(first) != 1 or first[0]["sequence"] != 0:
+            raise _Wrong(f"the record has {len(first)} beginnings of a run, and it should start with one")
+        strangers = {entry["kind"] for entry in self.entries} - {"run", "roster", "state", "sum", "failed"}
+        if strangers:
+            raise _Wrong(f"the record has entries of an unknown kind: {', '.join(map(repr, sorted(strangers)))}")
+        if first[0]["secure_sum"] != first[0]["federation"]["secure_sum"]:
+            raise _Wrong("the record says of itself that its sums are masked, and that they are not")
         if first[0]["protocol"] != PROTOCOL:
             raise _Wrong(f"the run spoke {first[0]['protocol']}, this program {PROTOCOL}: use the run's release")
         if first[0]["layout_hash"] != self.stored.manifest.layout_hash:
@@ -227,8 +239,14 @@ class _Replay:
 
     def survivors(self) -> str:
         for entry in self.only("sum"):
-            self._survivors(entry)
-        return f"in all {len(self.only('sum'))} sums the sites signed for the survivors and keys that are recorded"
+            if self.masked:
+                self._survivors(entry)
+                continue
+            senders = [message["site"] for message in entry["messages"] if message["kind"] == "PlainInput"]
+            if sorted(senders) != entry["contributors"] or len(senders) != len(entry["messages"]) or entry["course"]:
+                raise _Wrong(f"entry {entry['sequence']}: the contributors are not the sites whose vectors came")
+        what = "signed for the survivors and keys" if self.masked else "signed the vectors"
+        return f"in all {len(self.only('sum'))} sums the sites {what} that are recorded"
 
     def _survivors(self, entry: Entry) -> None:
         where = f"entry {entry['sequence']}"
@@ -250,6 +268,8 @@ class _Replay:
         expected = statement(fingerprint(b"advertised", told), partners, survivors)
         if expected.hex() != course["statement"]:
             raise _Wrong(f"{where}: the statement does not follow from the recorded keys, partners and survivors")
+        if set(by_kind["Shares"]) != set(course["partners"]):
+            raise _Wrong(f"{where}: the partners are not the sites whose shares came")
         if set(by_kind["MaskedInput"]) != set(course["survivors"]):
             raise _Wrong(f"{where}: the survivors are not the sites whose vectors came")
         if entry["contributors"] != course["survivors"]:
@@ -277,9 +297,11 @@ class _Replay:
                 raise _Wrong(f"entry {entry['sequence']}: the sites signed for other lanes or another task")
             packed = self.packed(entry)
             if packed is None:
+                if config.keep_sums:
+                    raise _Wrong(f"entry {entry['sequence']}: the file of its sum is missing")
                 missing += 1
                 continue
-            if sha256(packed).hexdigest() != entry["sum"]["sha256"]:
+            if len(packed) != entry["sum"]["bytes"] or sha256(packed).hexdigest() != entry["sum"]["sha256"]:
                 raise _Wrong(f"entry {entry['sequence']}: the stored sum is not the recorded one")
             decode_sum(layout, unpack(layout, packed), entry["contributors"])
             kept += 1
@@ -292,7 +314,9 @@ class _Replay:
         config, state = self._config(), self.stored.initial()
         clips: dict[str, float] | None = None
         slices: float | None = None
-        first = self.only("state")[0]
+        first, *others = self.only("state")
+        if first["round"] != 0 or any(entry["round"] == 0 for entry in others):
+            raise _Wrong("the record should have one state of round 0, before all others")
         self.last_state = first["state_hash"]
         if state is not None and state_hash(self.stored.manifest, state) != self.last_state:
             raise _Wrong("the initial state is not the recorded one")
@@ -311,6 +335,8 @@ class _Replay:
                 if task["purpose"] == "update" and state is not None and task["clips"] != clips:
                     raise _Wrong(f"{where}: the clips do not follow from the sum before")
             elif entry["kind"] == "state" and entry["round"] > 0:
+                if not 0 < entry["sum"] < entry["sequence"]:
+                    raise _Wrong(f"{where}: its sum is not one before it")
                 source = self.entries[entry["sum"]]
                 self._of_round(source, entry, rounds)
                 if state is not None and self.packed(source) is not None:
@@ -324,6 +350,11 @@ class _Replay:
                     state = None
                 self.last_state = entry["state_hash"]
         total = len(rounds)
+        if total < config.rounds:
+            self.unchecked["end of the run"] = f"the run was to have {config.rounds} rounds, the record has {total}"
+        later = [e for e in self.entries[self.only("state")[-1]["sequence"] :] if e["kind"] == "sum"]
+        if not later:
+            self.unchecked["last state"] = "no site signed for the last state: nothing was summed after it"
         if repeated < total:
             self.unchecked["all states"] = f"{total - repeated} of {total} rounds: a sum or the first state is missing"
         return f"{repeated} of {total} rounds repeated bit for bit from their sums"

@@ -103,7 +103,7 @@ class VectorLayout:
                 for name, size, clip, bits, sites in rows
             )
             return cls(lanes, int(tree["max_sites"]), int(tree["min_contributors"]))  # type: ignore[call-overload]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UnfitValues(f"a layout of lanes is malformed ({error})") from error
 
     def lane(self, name: str) -> Lane:

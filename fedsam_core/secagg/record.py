@@ -90,7 +90,7 @@ def read_chain(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], str]:
         try:
             entry = json.loads(line)
             sequence, previous, _ = entry["sequence"], entry["previous"], entry["kind"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BrokenRecord(f"line {number} of the record is no entry: it was damaged") from error
         if previous != head or sequence != number - 1:
             raise BrokenRecord(

@@ -156,40 +156,49 @@ class SiteSession:
             threshold = self._attempt.threshold
             seed_shares = shamir.split(self._seed, threshold, points, self._entropy)
             key_shares = shamir.split(self._mask_secret, threshold, points, self._entropy)
-            ciphertexts = []
-            for peer, body in everyone.items():
-                seed_share, key_share = seed_shares[peer + 1], key_shares[peer + 1]
-                if peer == self._index:
-                    self._received[peer] = {SEED_SHARE: seed_share}  # nobody asks a site for its own mask key
-                    key_share.wipe()
-                    continue
-                key = channel_key(self._channel_secret, body.channel_key, self._index, peer, self._context)
-                plaintext = bytes(seed_share.reveal() + key_share.reveal())
-                ciphertexts.append((peer, AESGCM(key.reveal()).encrypt(_NONCE, plaintext, self._context)))
-                for secret in (key, seed_share, key_share):
-                    secret.wipe()
+            try:
+                ciphertexts = [
+                    (peer, self._encrypt(peer, body, seed_shares[peer + 1], key_shares[peer + 1]))
+                    for peer, body in everyone.items()
+                    if peer != self._index
+                ]
+                # Nobody asks a site for a share of its own mask key.
+                self._received[self._index] = {SEED_SHARE: seed_shares.pop(self._index + 1)}
+            finally:
+                for share in (*seed_shares.values(), *key_shares.values()):
+                    share.wipe()
             self._peers = {peer: body for peer, body in everyone.items() if peer != self._index}
             return self._signed(Shares(tuple(ciphertexts)))
+
+    def _encrypt(self, peer: int, body: Advertise, *shares: Secret) -> bytes:
+        key = channel_key(self._channel_secret, body.channel_key, self._index, peer, self._context)
+        try:
+            plaintext = b"".join(share.reveal() for share in shares)
+            return AESGCM(key.reveal()).encrypt(_NONCE, plaintext, self._context)
+        finally:
+            key.wipe()
 
     def deliver(self, delivered: bytes) -> None:
         """Stage 3, ahead of the vector: the peers' shares; makes the sum of all masks. Takes as long as the vector is
         long, and nothing in it depends on the vector."""
         with self._stage("deliver", SiteState.SHARED, SiteState.READY):
             self._read_delivery(delivered)
-            own = self_mask_key(self._seed, self._index, self._context)
-            pairs = {
-                peer: pair_mask_key(self._mask_secret, self._index, peer, self._peers[peer].mask_key, self._context)
-                for peer in self._partners - {self._index}
-            }
-            self._mask = np.zeros(self._layout.size, np.uint32)
-            # Of two sites the one that comes first adds their common mask and the other takes it away.
-            apply_masks(
-                self._mask,
-                plus=[own, *(key for peer, key in pairs.items() if self._index < peer)],
-                minus=[key for peer, key in pairs.items() if self._index > peer],
-            )
-            for secret in (own, *pairs.values(), self._seed, self._mask_secret, self._channel_secret):
-                secret.wipe()
+            keys: dict[int, Secret] = {}
+            try:
+                for peer in sorted(self._partners - {self._index}):
+                    public = self._peers[peer].mask_key
+                    keys[peer] = pair_mask_key(self._mask_secret, self._index, peer, public, self._context)
+                keys[self._index] = self_mask_key(self._seed, self._index, self._context)
+                self._mask = np.zeros(self._layout.size, np.uint32)
+                # Of two sites the one that comes first adds their common mask and the other takes it away.
+                apply_masks(
+                    self._mask,
+                    plus=[key for peer, key in keys.items() if self._index <= peer],
+                    minus=[key for peer, key in keys.items() if self._index > peer],
+                )
+            finally:
+                for secret in (*keys.values(), self._seed, self._mask_secret, self._channel_secret):
+                    secret.wipe()
 
     def masked_input(self, vector: NDArray[np.uint32]) -> bytes:
         """Stage 3: `vector` (uint32 [size], not changed) under the masks."""

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from rich.console import Console
-from rich.errors import MarkupError
 
-from fedsam_core.federation.state import pack_state, unpack_state
+from fedsam_core.federation.state import pack_state, read_note, unpack_state
 from fedsam_core.secagg.keyfiles import create_identity
 from fedsam_core.selection import ParameterManifest
 from pipelines import cli, console, verify
@@ -171,12 +170,12 @@ def entries_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def relink(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
-    """Entries changed, all lines linked anew, and the checkpoint's header with them; the sums stay where they are."""
+    """Entries changed, all lines linked anew, and every head with them; stored sums stay where they are."""
     lines = (folder / "record.jsonl").read_bytes().splitlines()
     entries = [json.loads(line) for line in lines]
     manifest = ParameterManifest.from_json((folder / "manifest.json").read_text())
     data = (folder / "state.safetensors").read_bytes()
-    note = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    note = read_note(data)
     noted = entries[[sha256(line).hexdigest() for line in lines].index(note["record_head"])]
     change(entries)
     written, head = [], "0" * 64
@@ -189,11 +188,8 @@ def relink(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> No
     (folder / "record.jsonl").write_bytes(b"".join(written))
     del note["layout_hash"]
     (folder / "state.safetensors").write_bytes(pack_state(manifest, unpack_state(manifest, data), note))
-
-
-def gap(why: str, raises: Any = AssertionError) -> Any:
-    """Marks what `fedsam verify` does not do yet."""
-    return pytest.mark.xfail(reason=why, raises=raises, strict=True)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "record_head": head}))
 
 
 # A true run.
@@ -215,7 +211,9 @@ def test_a_run_verifies_as_json(finished: Finished, run: Verify) -> None:
     checks = json.loads(ended.out)
     assert all(set(check) == {"what", "status", "detail"} for check in checks)
     assert {check["status"] for check in checks} == {"ok", "not checked"}
-    assert [check["what"] for check in checks if check["status"] == "ok"] == [*CHECKS, "configuration"]
+    ok = [check["what"] for check in checks if check["status"] == "ok"]
+    assert ok[: len(CHECKS)] == CHECKS
+    assert set(ok[len(CHECKS) :]) == {"configuration", "end"}
     assert len(ended.findings) == len(checks)
     assert ended.findings["states"]["detail"] == "2 of 2 rounds repeated bit for bit from their sums"
     unchecked = {what for what, check in ended.findings.items() if check["status"] == "not checked"}
@@ -261,7 +259,6 @@ def test_a_plain_run_says_that_it_was_not_private(finished: Finished, run: Verif
     assert ended.status == 0
     assert ended.findings["privacy"]["status"] == "not checked"
     assert "plain" in ended.findings["privacy"]["detail"]
-    assert "survivors" not in ended.findings
     assert ended.findings["states"]["detail"].startswith("1 of 1")
 
 
@@ -288,7 +285,15 @@ def test_any_changed_byte_of_the_record_is_found(folder: Path, run: Verify) -> N
     for _ in flips(path, [*inner, *np.linspace(0, closing - 1, 40)]):
         wrong(run(folder, "--json"), "chain")
     line = data[closing + 1 :]
-    for word in (b'"attempt"', b'"previous":"', b'"model_hash":"', b'"signature":"', b'"digest":"', b'"statement":"'):
+    for word in (
+        b'"attempt"',
+        b'"previous":"',
+        b'"model_hash":"',
+        b'"signature":"',
+        b'"digest":"',
+        b'"header":"',
+        b'"bytes":',
+    ):
         for at in flips(path, [closing + 1 + line.index(word) + len(word) + 1]):
             assert run(folder, "--json").status == 1, at
     assert run(folder).status == 0
@@ -327,7 +332,7 @@ def test_any_changed_byte_of_the_first_state_is_found(folder: Path, run: Verify)
     path = folder / "initial.safetensors"
     data = path.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
-    tensors = data.index(b"}") + 2  # behind the note, of which see below
+    tensors = data.index(b'"dtype"')  # behind the note, of which see below
     for _ in flips(path, [*range(9), *np.linspace(tensors, header - 1, 12), *np.linspace(header, len(data) - 1, 12)]):
         wrong(run(folder, "--json"), "states")
 
@@ -390,6 +395,8 @@ def test_what_the_layout_hash_leaves_out_of_the_manifest_is_found(
         ("selection: lora", "selection: flap"),
         ("augment: true", "augment: false"),
         ("image_size: 32", "image_size: 48"),
+        ("secure_sum: masked", "secure_sum: plain"),
+        ("deadline_s: 3600.0", "deadline_s: 3.0"),
     ],
 )
 def test_altered_settings_are_found(folder: Path, run: Verify, was: str, becomes: str) -> None:
@@ -419,7 +426,7 @@ def test_a_checkpoint_of_another_round_is_found(finished: Finished, folder: Path
     path.write_bytes((folder / "initial.safetensors").read_bytes())
     wrong(run(folder, "--json"), "checkpoint", "head")
     manifest = ParameterManifest.from_json((folder / "manifest.json").read_text())
-    note = json.loads(last[8 : 8 + int.from_bytes(last[:8], "little")])["__metadata__"]
+    note = read_note(last)
     del note["layout_hash"]
     path.write_bytes(pack_state(manifest, unpack_state(manifest, first), note))  # under the header of the last
     wrong(run(folder, "--json"), "checkpoint")
@@ -432,16 +439,28 @@ def test_a_missing_checkpoint_is_found(folder: Path, run: Verify) -> None:
     assert "state.safetensors cannot be read" in ended.findings["checkpoint"]["detail"]
 
 
-def test_a_missing_first_state_or_sum_is_named(folder: Path, run: Verify) -> None:
+def test_a_missing_first_state_is_named(folder: Path, run: Verify) -> None:
     (folder / "initial.safetensors").unlink()
     ended = run(folder, "--json")
     assert ended.status == 0
     assert ended.findings["all states"]["status"] == "not checked"
-    for path in (folder / "sums").iterdir():
-        path.unlink()
+
+
+def test_a_missing_sum_is_found_where_sums_are_kept(folder: Path, run: Verify) -> None:
+    next((folder / "sums").iterdir()).unlink()
+    ended = run(folder, "--json")
+    wrong(ended, "sums")
+    assert "unkept sums" not in ended.findings
+
+
+def test_a_run_without_its_summary_did_not_come_to_its_end(folder: Path, run: Verify) -> None:
+    (folder / "summary.json").unlink()
     ended = run(folder, "--json")
     assert ended.status == 0
-    assert ended.findings["unkept sums"]["status"] == "not checked"
+    assert ended.findings["end"]["status"] == "not checked"
+    for data in (b"", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"record_head": 5}'):
+        (folder / "summary.json").write_bytes(data)
+        wrong(run(folder, "--json"), "end")
 
 
 def test_the_table_names_what_is_wrong(folder: Path, run: Verify) -> None:
@@ -461,8 +480,27 @@ def test_a_record_linked_anew_is_found_by_what_the_sites_signed(finished: Finish
 
     relink(folder, lower)
     ended = run(folder, "--json", "--roster", finished.roster)
-    wrong(ended, "survivors")
+    wrong(ended, "attempts", "survivors")
     assert ended.findings["chain"]["status"] == "ok"
+
+
+@pytest.mark.parametrize("key", ["config_hash", "weights_hash", "roster_hash"])
+def test_a_beginning_that_does_not_fit_the_settings_is_found(folder: Path, run: Verify, key: str) -> None:
+    relink(folder, lambda entries: entries[0].update({key: "0" * 64}))
+    assert run(folder, "--json").failed == {"configuration"}
+
+
+def test_a_weights_file_that_is_not_here_is_named(folder: Path, run: Verify) -> None:
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("checkpoint: null", "checkpoint: /nowhere/sam.pth"))
+    ended = run(folder, "--json")
+    assert ended.status == 0
+    assert ended.findings["backbone"]["status"] == "not checked"
+
+
+def test_another_cohort_is_found(folder: Path, run: Verify) -> None:
+    relink(folder, lambda entries: entries[0]["about"].update(cohort_hash="0" * 64))
+    assert run(folder, "--json").failed == {"configuration"}
 
 
 # What cannot be read.
@@ -566,154 +604,137 @@ def test_the_record_on_disk_holds_no_case_and_no_private_key(finished: Finished)
     assert str(finished.work).encode() not in record  # nor where anything is on the driver
 
 
-# What is not done yet.
-
-
-@pytest.mark.parametrize("at", ["a kind", "a length", "the last newline", "all"])
-@gap("what follows the last checkpoint is not held against record_head in summary.json")
-def test_the_closing_line_is_guarded_too(folder: Path, run: Verify, at: str) -> None:
+def test_the_closing_line_is_guarded_too(folder: Path, run: Verify) -> None:
+    """No line after it holds its hash."""
     path = folder / "record.jsonl"
     *lines, last = path.read_bytes().splitlines(keepends=True)
-    becomes = {
-        "a kind": last.replace(b'"Shares"', b'"Sharet"', 1),
-        "a length": last.replace(b'"bytes":', b'"bytes":1', 1),
-        "the last newline": last[:-1] + b" ",
-        "all": b"",
-    }
-    assert becomes[at] != last
-    path.write_bytes(b"".join([*lines, becomes[at]]))
-    assert run(folder, "--json").status == 1
+    for becomes in (
+        last[:-1] + b" ",
+        last[:-1] + b" \n",
+        last[:-1],
+        last.replace(b'"lost":{}', b'"lost":{"a":"b"}'),
+        b"",
+    ):
+        assert becomes != last
+        path.write_bytes(b"".join([*lines, becomes]))
+        wrong(run(folder, "--json"))
 
 
-@gap("bytes.splitlines takes a carriage return for a newline")
 def test_a_newline_changed_to_another_is_found(folder: Path, run: Verify) -> None:
     path = folder / "record.jsonl"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
-    assert run(folder, "--json").status == 1
+    wrong(run(folder, "--json"), "chain")
 
 
-@gap("the layout hash in the first state's header is not compared")
 def test_the_note_in_the_first_state_is_compared(folder: Path, run: Verify) -> None:
     path = folder / "initial.safetensors"
     data = path.read_bytes()
-    for at in flips(path, [data.index(b'"layout_hash":"') + 20]):
-        assert run(folder, "--json").status == 1, at
+    for _ in flips(path, [data.index(b"layout_hash") + 30]):
+        wrong(run(folder, "--json"), "states")
 
 
-@gap("of the manifest's selection nothing is compared")
 def test_another_selection_in_the_manifest_is_found(folder: Path, run: Verify) -> None:
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
     content["selection"]["lora"]["alpha"] = 5.0
     path.write_text(json.dumps(content))
-    assert run(folder, "--json").status != 0
+    wrong(run(folder, "--json"), "configuration")
 
 
-@pytest.mark.parametrize(
-    ("was", "becomes"),
-    [
-        pytest.param("secure_sum: masked", "secure_sum: plain", id="secure_sum"),
-        pytest.param("deadline_s: 3600.0", "deadline_s: 3.0", id="deadline_s"),
-        pytest.param("share_pictures: true", "share_pictures: false", id="share_pictures"),
-    ],
-)
-@gap("config.yaml is not held against the settings in the record")
-def test_settings_that_do_not_decide_the_result_are_compared(folder: Path, run: Verify, was: str, becomes: str) -> None:
-    path = folder / "config.yaml"
-    assert was in path.read_text()
-    path.write_text(path.read_text().replace(was, becomes))
-    assert run(folder, "--json").status == 1
-
-
-@gap("with a weights file that is not here, no other setting is compared either")
 def test_an_altered_learning_rate_is_not_hidden_by_a_missing_checkpoint(folder: Path, run: Verify) -> None:
     path = folder / "config.yaml"
     text = path.read_text().replace("learning_rate: 0.002", "learning_rate: 0.5")
     path.write_text(text.replace("checkpoint: null", "checkpoint: /nowhere/sam.pth"))
-    assert run(folder, "--json").status == 1
-
-
-@gap("the record's settings say that sums are kept, the detail that they are not")
-def test_a_missing_sum_is_not_called_unkept(folder: Path, run: Verify) -> None:
-    next((folder / "sums").iterdir()).unlink()
-    ended = run(folder, "--json")
-    assert "keep_sums=false" not in ended.findings.get("unkept sums", {"detail": ""})["detail"]
+    wrong(run(folder, "--json"), "configuration")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(
-            lambda entries: entries[0].pop("about"), marks=gap("KeyError outside of any check", KeyError), id="gone"
-        ),
-        pytest.param(
-            lambda entries: entries[0].update(about=5),
-            marks=gap("TypeError outside of any check", TypeError),
-            id="none",
-        ),
-        pytest.param(
-            lambda entries: entries[0]["about"].pop("cohort_hash"),
-            marks=gap("KeyError outside of any check", KeyError),
-            id="hash",
-        ),
-        pytest.param(
-            lambda entries: entries.append(entries.pop(0)),
-            marks=gap("KeyError: the run's entry is taken to be the first", KeyError),
-            id="last",
-        ),
+        pytest.param(lambda first: first.pop("about"), id="nothing about it"),
+        pytest.param(lambda first: first.update(about=5), id="about that is none"),
+        pytest.param(lambda first: first["about"].pop("cohort_hash"), id="no cohort"),
+        pytest.param(lambda first: first["about"].update(cohort_hash=float("nan")), id="a cohort that is none"),
+        pytest.param(lambda first: first.pop("weights_hash"), id="no weights"),
+        pytest.param(lambda first: first.update(weights_hash=[5]), id="weights that are none"),
+        pytest.param(lambda first: first.pop("config_hash"), id="no configuration"),
+        pytest.param(lambda first: first.update(config_hash=5), id="a configuration that is none"),
+        pytest.param(lambda first: first.pop("sites"), id="no sites"),
+        pytest.param(lambda first: first.update(sites=[]), id="an empty list of sites"),
+        pytest.param(lambda first: first.update(run="../x"), id="a run that is a path"),
     ],
 )
-def test_a_beginning_that_is_malformed_is_a_finding(folder: Path, run: Verify, change: Any) -> None:
-    def moved(entries: list[dict[str, Any]]) -> None:
-        first = entries[0]
-        change(entries)
-        if entries[0] is not first:  # what refers to entries by number is made to fit
-            for entry in entries:
-                if entry["kind"] == "state" and entry["sum"] is not None:
-                    entry["sum"] -= 1
-            for path in sorted((folder / "sums").iterdir()):
-                path.rename(path.with_name(f"{int(path.stem) - 1:06d}.bin"))
-
-    relink(folder, moved)
+def test_a_beginning_that_is_malformed_is_a_finding(
+    folder: Path, run: Verify, change: Callable[[dict[str, Any]], object]
+) -> None:
+    relink(folder, lambda entries: change(entries[0]))
     wrong(run(folder, "--json"))
 
 
-@pytest.mark.parametrize(
-    "version",
-    [
-        pytest.param("[/x]", marks=gap("findings are printed as rich markup", MarkupError), id="markup that closes"),
-        pytest.param("[bold]x[/]", marks=gap("findings are printed as rich markup"), id="markup"),
-        pytest.param("\ud800", marks=gap("half a character cannot be printed", UnicodeEncodeError), id="surrogate"),
-        pytest.param("\x1b[2J", marks=gap("control characters reach the terminal"), id="control"),
-    ],
-)
+def test_a_beginning_must_come_first(folder: Path, run: Verify) -> None:
+    def change(entries: list[dict[str, Any]]) -> None:
+        entries.append(entries.pop(0))
+        for entry in entries:
+            if entry["kind"] == "state" and entry["sum"] is not None:
+                entry["sum"] -= 1
+
+    relink(folder, change)
+    for path in sorted((folder / "sums").iterdir()):
+        path.rename(path.with_name(f"{int(path.stem) - 1:06d}.bin"))
+    wrong(run(folder, "--json"), "run")
+
+
+@pytest.mark.parametrize("version", ["[/x]", "[bold]x[/]", "\ud800", "\x1b[2J", "a\nb\tc", "x" * 10_000], ids=range(6))
 def test_what_a_record_says_is_printed_as_text(
     folder: Path, run: Verify, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
+    """Not as markup, nor so that it moves the cursor."""
     monkeypatch.setattr(console, "out", Console(highlight=False, soft_wrap=True))  # what fails is left in its buffer
     relink(folder, lambda entries: entries[0].update(version=version))
-    for ended in (run(folder, "--json"), run(folder)):
-        assert ended.status in (0, 1)
-        assert "\x1b" not in ended.out
-    assert "[" not in version or "[" in ended.out
+    assert run(folder, "--json").findings["run"]["detail"].count(version) == 1
+    ended = run(folder)
+    assert ended.status == 0
+    assert "\x1b" not in ended.out
+    if version.startswith("["):
+        assert version in ended.out
+
+
+@pytest.mark.parametrize("throughout", [False, True])
+def test_a_masked_run_that_calls_itself_plain_is_found(
+    finished: Finished, folder: Path, run: Verify, throughout: bool
+) -> None:
+    """All that the sites sent is gone; config.yaml still says how it was."""
+
+    def change(entries: list[dict[str, Any]]) -> None:
+        entries[0]["secure_sum"] = "plain"
+        if throughout:
+            entries[0]["federation"]["secure_sum"] = "plain"
+        for entry in entries:
+            if entry["kind"] == "sum":
+                entry.update(messages=[], course=None)
+
+    relink(folder, change)
+    wrong(run(folder, "--roster", finished.roster, "--json"), "survivors" if throughout else "run")
 
 
 @pytest.mark.parametrize("name", ["record.jsonl", "manifest.json", "config.yaml"])
-@gap("a file nested without end is a RecursionError", RecursionError)
 def test_a_file_nested_without_end_ends_in_a_line(folder: Path, run: Verify, name: str) -> None:
-    (folder / name).write_bytes(b"[" * 100_000)
-    assert run(folder, "--json").status in (1, 2)
+    for opening in (b"[", b'{"a":'):
+        (folder / name).write_bytes(opening * 100_000)
+        ended = run(folder, "--json")
+        if name == "manifest.json":
+            refused(ended, name)
+        else:
+            wrong(ended)
 
 
-@gap("numbers in the manifest are taken as they are: numpy cannot allocate as much", MemoryError)
 def test_a_manifest_of_a_giant_ends_in_a_line(folder: Path, run: Verify) -> None:
     content = json.loads((folder / "manifest.json").read_text())
     content["shared"][0]["numel"] = 10**17
     (folder / "manifest.json").write_text(json.dumps(content))
-    assert run(folder, "--json").status in (1, 2)
+    wrong(run(folder, "--json"))
 
 
-@gap("the path stands in the line twice")
 def test_a_missing_manifest_is_named_once(folder: Path, run: Verify) -> None:
     (folder / "manifest.json").unlink()
     assert run(folder).error.count("manifest.json") == 1
