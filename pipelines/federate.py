@@ -254,7 +254,8 @@ def show(outcome: Outcome) -> None:
     console.out.print(f"bytes a round, all sites: {up} up, {down} down ({outcome.trained:,} values trained)")
     console.out.print(f"{outcome.rounds} rounds in {outcome.minutes:.1f} minutes")
     console.out.print(
-        f"run folder: {outcome.folder}\npictures:   {outcome.folder / 'pictures'}\nMLflow UI:  {outcome.ui}"
+        f"run folder: {outcome.folder}\npictures:   {outcome.folder / 'pictures'}\n"
+        f"verify:     fedsam verify {outcome.folder}\nMLflow UI:  {outcome.ui}"
     )
 
 
