@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from fedsam_core.errors import SecureSumError
 from fedsam_core.secagg import (
     AggregatorSession,
     Attempt,
@@ -52,7 +53,10 @@ def main() -> None:
     if options.table:
         table(options.bits)
         return
-    result = repeated(options.sites, options.values, options.lost, options.bits, options.repeats)
+    try:
+        result = repeated(options.sites, options.values, options.lost, options.bits, options.repeats)
+    except SecureSumError as error:
+        parser.error(str(error))
     if options.json:
         print(json.dumps(result))
         return
@@ -70,6 +74,9 @@ def table(bits: int) -> None:
     for sites in TABLE_SITES:
         for values in TABLE_VALUES:
             for lost in sorted({0, 1, sites // 3}):
+                if sites - lost < max(3, sites // 2 + 1):
+                    print(f"| {sites} | {values} | {lost} | refused: too few sites are left |", flush=True)
+                    continue
                 row = repeated(sites, values, lost, bits, repeats=3 if sites * values < 5e7 else 1)
                 print(f"| {sites} | {values} | {lost} |", " | ".join(f"{row[c]:.3g}" for c in columns), "|", flush=True)
 
