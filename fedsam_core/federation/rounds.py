@@ -172,7 +172,9 @@ class Federation:
             secure_sum=self.config.secure_sum,
             federation=self.config.model_dump(mode="json", exclude={"roster", "key_dir"}),
         )
-        self._enroll()
+        lost = self._enroll()
+        if lost and self._pinned is not None:
+            raise RoundError("; ".join(f"site {site} refuses the roster: {why}" for site, why in sorted(lost.items())))
         self.record.add("state", round=0, state_hash=state_hash(self.manifest, state), sum=None)
 
     def total_slices(self) -> float:
@@ -222,7 +224,8 @@ class Federation:
         if back:
             self._enroll()
 
-    def _enroll(self) -> None:
+    def _enroll(self) -> dict[str, str]:
+        """Tells every site all keys; why some do not take them. Those of a pinned roster sites only compare."""
         keys = {site: reply["identity"] for site, reply in self.sites.items()}
         if self._pinned is not None:
             for site, key in keys.items():
@@ -231,8 +234,7 @@ class Federation:
         self._roster = Roster({site: bytes.fromhex(key) for site, key in keys.items()})
         self.record.add("roster", keys=keys)
         _, lost = self.engine.call("enroll", {site: {"roster": keys} for site in keys}, self.config.deadline_s)
-        if lost and self._pinned is not None:
-            raise RoundError("; ".join(f"site {site} refuses the roster: {why}" for site, why in sorted(lost.items())))
+        return lost
 
     def _fits(self, reply: Mapping[str, str]) -> bool:
         return reply["layout_hash"] == self.manifest.layout_hash and reply["weights_hash"] == self._weights_hash

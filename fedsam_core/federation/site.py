@@ -167,13 +167,15 @@ class FederatedSite:
             UnknownSite: this site pins a roster, and the driver's is another.
         """
         with self._logged("enroll"):
-            pinned = None if self.spec.federation.roster is None else self._roster
-            if pinned is None:
-                self._roster = Roster({site: bytes.fromhex(key) for site, key in roster.items()})
-            elif any(site not in pinned.keys or pinned.key(site).hex() != key for site, key in roster.items()):
+            path, pinned = self.spec.federation.roster, self._roster
+            if path is None:
+                self._roster = _told_roster(roster)
+            elif pinned is None or any(
+                site not in pinned.keys or pinned.key(site).hex() != roster[site] for site in roster
+            ):
                 raise UnknownSite(
-                    f"site {self.spec.site} was told other keys than those of {self.spec.federation.roster}, which it "
-                    "pins: compare the rosters (`fedsam keys show`)"
+                    f"site {self.spec.site} was told other keys than those of {path}, which it pins: compare the "
+                    "rosters (`fedsam keys show`)"
                 )
 
     def advertise(self, attempt: bytes, task: Mapping[str, Any]) -> bytes:
@@ -443,3 +445,10 @@ class FederatedSite:
             caption = f"{self.spec.site} · a {score.split} case"  # its name stays at the site
             overlay(self._site.prepared.cohort, score, prediction, path, caption=caption)
             return path.read_bytes()
+
+
+def _told_roster(keys: Mapping[str, str]) -> Roster:
+    try:
+        return Roster({site: bytes.fromhex(key) for site, key in keys.items()})
+    except ValueError as error:
+        raise ForgedKeys("the driver told keys that are not written in hex") from error

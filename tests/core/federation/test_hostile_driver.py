@@ -27,6 +27,7 @@ from fedsam_core.secagg.messages import Advertise, Advertised, Survivors, decode
 from fedsam_core.secagg.refusals import (
     BareLane,
     ForgedKeys,
+    OpenedBefore,
     OtherAttempt,
     OtherModel,
     OutOfTurn,
@@ -233,10 +234,27 @@ def test_an_attempt_is_answered_once_even_by_a_site_that_was_restarted_in_it(
     assert federation.score(state, "val", 0).by_site.keys() == set(prepared.cohort.sites)
 
 
+def test_a_sum_that_was_opened_for_all_is_confirmed_for_no_fewer(
+    four: PreparedCohort, caplog: pytest.LogCaptureFixture, trained: list[Any]
+) -> None:
+    federation, state, driver = small_run(four)
+    slices = federation.total_slices()
+    federation.train(state, 1, slices)
+    federation._clips = None
+    driver.silence = lambda method, site: "before" if (method, site) == ("fit", "site-d") else None
+    driver.replies.clear()
+    with pytest.raises(RoundError, match="OpenedBefore"):
+        federation.train(state, 1, slices)
+    for site in FOUR[:3]:
+        assert refused(caplog, site, "confirm", OpenedBefore)
+        assert driver.heard(site) == ["advertise", "share", "fit"]
+
+
 @pytest.mark.parametrize("how", ["updates of a split", "slices of a split", "slices of another state"])
 def test_no_sum_is_opened_for_fewer_sites_under_another_name(
     four: PreparedCohort, trained: list[Any], how: str
 ) -> None:
+    """Or the difference to the sum over all would be the one site's values, exactly."""
     federation, state, driver = small_run(four)
     slices = federation.total_slices()
     if how == "updates of a split":
@@ -489,6 +507,26 @@ def test_a_site_with_a_roster_takes_no_other_keys_from_the_driver(
     assert site._roster.keys == pins
 
 
+def test_a_site_with_a_roster_takes_no_keys_before_it_has_read_it(
+    prepared: PreparedCohort, pinned: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    site = FederatedSite(small_specs(prepared, NORMS, **pinned)[1])
+    with pytest.raises(NAMED) as caught:
+        site.enroll({one: f"{number:02x}" * 32 for number, one in enumerate(prepared.cohort.sites, start=0x11)})
+    assert refused(caplog, "site-b", "enroll", caught.type)
+    assert site._roster is None
+
+
+def test_keys_that_are_none_are_refused_by_name_without_a_roster_too(
+    prepared: PreparedCohort, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = FederatedSite(small_specs(prepared, NORMS)[1])
+    for key in ("junk", "11", "00" * 32):
+        with pytest.raises(SecureSumError):
+            site.enroll({"site-a": key})
+    assert site._roster is None
+
+
 @pytest.mark.parametrize("how", ["another key", "no key", "not in the roster"])
 def test_a_site_whose_key_the_roster_does_not_pin_cannot_open(
     prepared: PreparedCohort, pinned: dict[str, Path], tmp_path: Path, how: str
@@ -666,6 +704,50 @@ def test_a_round_that_fails_is_tried_again_with_fresh_keys_and_gives_the_same_bi
             keys += [body.mask_key, body.channel_key, body.seed_commitment]
     assert len(keys) >= 3 * (2 * sites + (sites - len(vanish)))
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("stage", ["share", "fit", "confirm", "unmask"])
+def test_a_round_in_which_a_site_was_restarted_gives_the_same_bits_in_the_next_attempt(
+    prepared: PreparedCohort, trained: list[Any], stage: str
+) -> None:
+    expected = undisturbed(prepared)
+    trained.clear()
+    federation, state, driver = small_run(prepared, attempts=2)
+    slices = federation.total_slices()
+    failing = driver.attempt + 1
+
+    def crash(method: str, site: str, keywords: dict[str, Any]) -> None:
+        if (driver.attempt, method, site) == (failing, stage, "site-b"):
+            driver._inner._sites[site] = FederatedSite(driver[site].spec)  # its memory is gone
+
+    driver.twist = crash
+    hashes = []
+    for number in (1, 2):
+        state, _, _ = federation.train(state, number, slices)
+        hashes.append(state_hash(federation.manifest, state))
+        assert len(federation.failed) == (number == 1)
+    assert hashes == expected
+    again = stage in ("confirm", "unmask")  # what it had trained is gone too; the others train once
+    assert sorted(trained) == sorted(
+        [(site, number) for site in prepared.cohort.sites for number in (1, 2)] + [("site-b", 1)] * again
+    )
+
+
+def test_a_site_that_misses_the_roster_of_a_repetition_is_lost_alone(
+    four: PreparedCohort, tmp_path: Path, trained: list[Any]
+) -> None:
+    """Two sites vanish and are opened again; a third does not answer in time when keys are told anew."""
+    public = [create_identity(site, tmp_path / "keys", None)[1] for site in FOUR]
+    (tmp_path / "roster.txt").write_text("".join(path.read_text() for path in public))
+    settings = {"roster": tmp_path / "roster.txt", "key_dir": tmp_path / "keys"}
+    federation, state, driver = small_run(four, attempts=2, **settings)
+    slices = federation.total_slices()
+    failing = driver.attempt + 1
+    silent = {("share", "site-a"), ("share", "site-b"), ("enroll", "site-d")}
+    driver.silence = lambda method, site: "before" if driver.attempt == failing and (method, site) in silent else None
+    total = federation.train(state, 1, slices)[2]
+    assert len(federation.failed) == 1
+    assert {"site-a", "site-b", "site-c"} <= set(total.contributors)
 
 
 def test_what_was_trained_counts_for_the_state_that_it_started_from_alone(

@@ -578,7 +578,7 @@ def test_sites_go_on_with_no_broadcast_that_could_lay_one_of_them_bare(consortiu
 @pytest.mark.parametrize("machine", [UnsoundNetwork, HostileServer])
 def test_whatever_happens_in_an_attempt_its_promises_hold(consortium, made, machine) -> None:
     ends: Counter[str] = Counter()
-    steps = settings(REPEATABLE, max_examples=75, stateful_step_count=15)
+    steps = settings(REPEATABLE, max_examples=60, stateful_step_count=15)
     explore(lambda: machine(consortium, made, ends), settings=steps)
     assert ends["exact"] > 5  # or else little was tried
     assert ends["failed"] > 5
