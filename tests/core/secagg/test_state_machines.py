@@ -40,7 +40,7 @@ from fedsam_core.secagg.messages import (
     encode_signed,
 )
 from fedsam_core.secagg.packing import reduce, unpack
-from fedsam_core.secagg.refusals import ForgedKeys, ForgedShares, OutOfTurn
+from fedsam_core.secagg.refusals import ForgedKeys, ForgedShares, OutOfTurn, TooFewSites
 from fedsam_core.secagg.site import SiteState
 
 STAGES = ("advertise", "share", "masked", "confirm", "unmask")
@@ -714,6 +714,14 @@ def test_an_aggregator_that_is_sent_anything_gives_the_exact_sum_or_none(consort
         expected += told - true
         reduce(layout, expected)
     np.testing.assert_array_equal(total, expected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_sum_of_two_is_opened_even_where_two_are_the_threshold(consortium, stage) -> None:
+    parties = consortium(3, threshold=2, size=4, lost={"site1": (stage, "during")})
+    _, refusal = outcome(parties.run)
+    assert isinstance(refusal, TooFewSites)
+    assert parties.aggregator.stage is Stage.FAILED
 
 
 # A peer that signs what it likes
