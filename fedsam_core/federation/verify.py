@@ -3,7 +3,7 @@
 What a record can prove and what not: the signatures show that every listed site sent the listed messages of that very
 attempt (run, round, layout, settings, global state) and confirmed that set of survivors. The stored sums give the
 global states again, bit for bit. That a sum is really that of the masked vectors rests on the aggregator, which does
-not keep them; each site can compare the hash of its own.
+not keep them, nor do the sites.
 """
 
 from collections.abc import Callable, Mapping, Sequence

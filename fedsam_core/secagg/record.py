@@ -7,13 +7,12 @@ signed, without a message that would say more than the sum.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
 from fedsam_core.errors import SecureSumError
-from fedsam_core.hashing import stable_hash
 from fedsam_core.secagg.messages import Message
 
 GENESIS = "0" * 64
@@ -102,8 +101,3 @@ def read_chain(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], str]:
     if not entries:
         raise BrokenRecord("the record is empty")
     return entries, head
-
-
-def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two JSON trees are equal, whatever the order of their keys."""
-    return stable_hash(a) == stable_hash(b)

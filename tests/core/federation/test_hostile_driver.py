@@ -146,20 +146,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return calls
 
 
-@pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fit]:
-    """What each site's training gave in the last round, taken where the driver cannot look. Ask for it last."""
-    taken: dict[str, Fit] = {}
-    original = Learner.fit
-
-    def fit(self: Learner, *args: Any) -> Fit:
-        taken[self.site] = original(self, *args)
-        return taken[self.site]
-
-    monkeypatch.setattr(Learner, "fit", fit)
-    return taken
-
-
 def small_run(prepared: PreparedCohort, selection: LayerSelection | None = NORMS, **federation: Any) -> Any:
     """A federation with open sites, the state it starts from, and the driver between them."""
     specs = small_specs(prepared, selection, **{"attempts": 1, "validate_every": 0, **federation})

@@ -12,7 +12,7 @@ from fedsam_core.errors import RoundError
 from fedsam_core.federation.engine import InProcessEngine, in_process
 from fedsam_core.federation.rounds import run_rounds
 from fedsam_core.federation.site import FederatedSite
-from fedsam_core.learning.learner import Fit, Learner
+from fedsam_core.learning.learner import Fit
 from fedsam_core.secagg.quantize import Encoder
 
 
@@ -30,20 +30,6 @@ class Recording:
         replies, lost = self._inner.call(method, args, deadline)
         self.replies += [(method, site, reply) for site, reply in replies.items()]
         return replies, lost
-
-
-@pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fit]:
-    """What each site's training gave in the last round, taken where the driver cannot look."""
-    taken: dict[str, Fit] = {}
-    original = Learner.fit
-
-    def fit(self: Learner, *args: Any) -> Fit:
-        taken[self.site] = original(self, *args)
-        return taken[self.site]
-
-    monkeypatch.setattr(Learner, "fit", fit)
-    return taken
 
 
 def test_two_runs_are_bit_equal_after_every_round(prepared: PreparedCohort) -> None:
