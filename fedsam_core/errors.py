@@ -17,6 +17,18 @@ class DataError(FedsamError):
     """A scan, a mask, a cohort or a split is unusable."""
 
 
+class UnreadableScan(DataError):
+    """A file or a DICOM series that cannot be opened or decoded."""
+
+
+class UnfitScan(DataError):
+    """A scan that was read but cannot be used: not 3D, NaN, empty, no affine."""
+
+
+class UnfitMask(DataError):
+    """A label map that does not fit its scan or the classes."""
+
+
 class SelectionError(FedsamError):
     """A layer selection does not fit the model."""
 
