@@ -30,6 +30,15 @@ class EngineConfig(Settings):
     site: SiteNeeds = Field(SiteNeeds(), description="what a site's actor books")
 
 
+class StorageConfig(Settings):
+    """Where prepared cohorts are kept. Keys come from the environment (AWS_ACCESS_KEY_ID, ...) or an AWS profile."""
+
+    prepared: str | None = Field(
+        None, description="folder or s3://bucket/prefix for prepared cohorts; unset: <work_dir>/cohorts"
+    )
+    s3_endpoint: str | None = Field(None, description="address of an S3 server that is not Amazon's (http://host:port)")
+
+
 class EvaluationConfig(Settings):
     """How volumes are scored."""
 
@@ -59,6 +68,7 @@ class Config(Settings):
     federation: FederationConfig = Field(FederationConfig(), description="rounds, secure sum, disclosure")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how volumes are scored")
     engine: EngineConfig = Field(EngineConfig(), description="Ray or one process")
+    storage: StorageConfig = Field(StorageConfig(), description="where prepared cohorts are kept")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
 
     @model_validator(mode="after")
@@ -212,6 +222,14 @@ def _absolute_paths(tree: dict[str, Any]) -> None:
         section, key = dotted.split(".")
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = os.path.abspath(os.path.expanduser(tree[section][key]))
+    cohort = tree.get("cohort")
+    if isinstance(cohort, dict) and isinstance(cohort.get("sites"), dict):
+        folders: dict[str, Any] = cohort["sites"]
+        for site, folder in folders.items():
+            folders[site] = os.path.abspath(os.path.expanduser(folder)) if isinstance(folder, str) else folder
+    storage = tree.get("storage")
+    if isinstance(storage, dict) and isinstance(storage.get("prepared"), str) and "://" not in storage["prepared"]:
+        storage["prepared"] = os.path.abspath(os.path.expanduser(storage["prepared"]))
     tracking = tree.get("tracking")
     if isinstance(tracking, dict):
         uri, root = tracking.get("uri"), tracking.get("artifact_root")

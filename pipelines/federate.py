@@ -1,28 +1,20 @@
 """Stage `federate`: sites train adapter layers in rounds; only the masked sum of their updates is ever opened."""
 
-import logging
-import os
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-import ray
-
 import fedsam_core
 from cluster.driver import drive
 from cluster.placement import cluster_nodes, plan, preflight
 from cluster.site import create_sites
 from cluster.tracking import Tracking
-from fedsam_core.data.cohort import Cohort
-from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import ClusterError, ConfigError
 from fedsam_core.federation.engine import Engine, describe_failure, in_process
+from fedsam_core.federation.preparation import PreparedSites, share_at
 from fedsam_core.federation.rounds import Federation, State, run_rounds
 from fedsam_core.federation.site import FederatedSite, SiteSpec
 from fedsam_core.federation.state import weights_hash
@@ -35,26 +27,10 @@ from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.config import Config, flatten
-from pipelines.prepare import prepared_cohort, prepared_folder
+from pipelines.prepare import engine_session, prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder
 from pipelines.run_folder import RunFolder
 from pipelines.stage import Stage
-
-
-@dataclass(frozen=True)
-class CohortFacts:
-    """What the driver knows of the cohort.
-
-    Attributes:
-        described: name, classes and whether it is synthetic; its list of cases is empty.
-        sites: ids.
-        hash: of the cohort with its cases.
-    """
-
-    described: Cohort
-    sites: tuple[str, ...]
-    hash: str
-
 
 OpenEngine = Callable[[list[SiteSpec]], Engine]
 
@@ -62,9 +38,9 @@ OpenEngine = Callable[[list[SiteSpec]], Engine]
 def run(config: Config) -> None:
     """Runs the federation and prints what came of it."""
     check(config)
-    with console.Bars() as bars:
-        prepared = prepared_cohort(config, bars)
-        outcome = federate(config, prepared, partial(_print, bars))
+    with engine_session(config), console.Bars() as bars:
+        cohort = prepare_sites(config, bars)
+        outcome = federate(config, cohort, partial(_print, bars))
     show(outcome)
 
 
@@ -86,16 +62,15 @@ def check(config: Config) -> None:
     Tracking(config.tracking, config.work_dir).check()
 
 
-def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
-    """Runs a federation on the configured engine.
+def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
+    """Runs a federation on the configured engine; with Ray, within a `ray_session`.
 
     Raises:
         FedsamError: what is wrong, in one line; nothing half-written is left under a final name.
     """
-    cohort = prepared.cohort
     if len(cohort.sites) < SMALLEST_PRIVATE_SUM and config.federation.secure_sum == "masked":
         raise ConfigError(
-            f"cohort {cohort.name} has {len(cohort.sites)} sites, but a secure sum needs at least "
+            f"cohort {config.cohort.name} has {len(cohort.sites)} sites, but a secure sum needs at least "
             f"{SMALLEST_PRIVATE_SUM} sites, as a sum of two shows each the other's update: add a site, or set "
             "federation.secure_sum=plain"
         )
@@ -104,28 +79,26 @@ def federate(config: Config, prepared: PreparedCohort, emit: Emit) -> Outcome:
         for site in cohort.sites:
             roster.key(site)  # a site that it does not list is an error now, not when all models are loaded
     # The driver is told names and hashes; which cases there are, and how many slices, stays with the sites.
-    about = CohortFacts(cohort.model_copy(update={"cases": ()}), cohort.sites, cohort.hash)
     if config.engine.kind == "in-process":
-        return run_federation(config, about, lambda specs: in_process(specs, FederatedSite), emit)
-    with _ray():
-        preflight(prepared.cohort.sites, cluster_nodes(), config.engine.site)
-        tracked: list[str] = []
+        return run_federation(config, cohort, lambda specs: in_process(specs, _site_factory(config)), emit)
+    preflight(cohort.sites, cluster_nodes(), config.engine.site)
+    tracked: list[str] = []
 
-        def look_on(event: Event) -> None:
-            tracked.extend(filter(None, [event.tracked]))
-            emit(event)
+    def look_on(event: Event) -> None:
+        tracked.extend(filter(None, [event.tracked]))
+        emit(event)
 
-        try:
-            result: Outcome = drive(partial(run_federation, config, about, partial(_ray_engine, config)), look_on)
-        except (KeyboardInterrupt, SystemExit, ClusterError) as error:
-            # The driver is gone and cannot close its MLflow run itself.
-            for run_id in tracked:
-                Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
-            raise
-        return result
+    try:
+        result: Outcome = drive(partial(run_federation, config, cohort, partial(_ray_engine, config)), look_on)
+    except (KeyboardInterrupt, SystemExit, ClusterError) as error:
+        # The driver is gone and cannot close its MLflow run itself.
+        for run_id in tracked:
+            Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
+        raise
+    return result
 
 
-def run_federation(config: Config, about: CohortFacts, open_engine: OpenEngine, emit: Emit) -> Outcome:
+def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine, emit: Emit) -> Outcome:
     """The run itself: wherever this executes is the driver."""
     cohort = about.described
     segmenter, manifest, state = initial_model(config, len(cohort.classes))
@@ -149,7 +122,8 @@ def run_federation(config: Config, about: CohortFacts, open_engine: OpenEngine, 
             "fedsam.precision": next(site["precision"] for site in federation.sites.values()),
         }
         tracking = Tracking(config.tracking, config.work_dir)
-        with tracking.start(run_id, run_params(config), tags) as tracker:
+        settled = config.model_copy(update={"preprocess": about.config})  # what a cohort left open, by its value
+        with tracking.start(run_id, run_params(settled), tags) as tracker:
             emit(
                 Event(f"MLflow run {tracker.run_id} in experiment {config.tracking.experiment}", tracked=tracker.run_id)
             )
@@ -182,7 +156,7 @@ def site_specs(config: Config, sites: Sequence[str], run_id: str, config_hash: s
             sites=tuple(sites),
             seed=config.seed,
             config_hash=config_hash,
-            cohort=prepared_folder(config),
+            cohort=share_at(prepared_location(config), site),
             model=config.model,
             selection=config.layers,
             slices=config.slices,
@@ -194,9 +168,12 @@ def site_specs(config: Config, sites: Sequence[str], run_id: str, config_hash: s
     ]
 
 
+_NO_PARAMS: Any = {"work_dir", "storage", "tracking", "engine", "cohort", "selection", "rank"}
+
+
 def run_params(config: Config) -> dict[str, Any]:
     """Flat parameters of an MLflow run; the same names for every run, so that runs compare."""
-    sections = config.model_dump(mode="json", exclude={"work_dir", "tracking", "engine", "cohort", "selection", "rank"})
+    sections = config.model_dump(mode="json", exclude=_NO_PARAMS)
     lora = config.layers.lora
     return {
         **flatten(sections),
@@ -209,7 +186,7 @@ def run_params(config: Config) -> dict[str, Any]:
 
 
 def run_tags(
-    config: Config, about: CohortFacts, manifest: ParameterManifest, segmenter: SamSegmenter, config_hash: str
+    config: Config, about: PreparedSites, manifest: ParameterManifest, segmenter: SamSegmenter, config_hash: str
 ) -> dict[str, str]:
     """Tags of an MLflow run: what it was made from, by hash, and what a reader must know to judge it."""
     return {
@@ -267,38 +244,11 @@ def _print(bars: console.Bars, event: Event) -> None:
 
 def _ray_engine(config: Config, specs: Sequence[SiteSpec]) -> Engine:
     placed = plan([spec.site for spec in specs], cluster_nodes(), config.engine.site)
-    return create_sites(specs, placed, FederatedSite)
+    return create_sites(specs, placed, _site_factory(config))
 
 
-@contextmanager
-def _ray() -> Iterator[None]:
-    """Connects to the cluster that RAY_ADDRESS names (a Ray job's own), else to a local one made for this run."""
-    address = os.environ.get("RAY_ADDRESS")
-    _require_answer(address)
-    try:
-        # Never "whatever cluster runs on this machine": it may be somebody else's.
-        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {reason}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _require_answer(address: str | None) -> None:
-    """Ray itself tries a dead address for minutes; a plain connection tells at once."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): correct the variable, or unset it to start a "
-            "local cluster"
-        ) from error
+def _site_factory(config: Config) -> Callable[[SiteSpec], FederatedSite]:
+    return partial(FederatedSite, open_store=store_opener(config))
 
 
 STAGE = Stage("federate", __doc__ or "", run)

@@ -1,83 +1,163 @@
-"""Stage `prepare`: read and check every scan of the cohort, and store it ready for training."""
+"""Stage `prepare`: every site reads and checks its scans, and stores its share ready for training.
 
-from pathlib import Path
+On Ray a site's scans are read on its own node, several at once. Shares lie in `storage.prepared`, a folder or
+`s3://bucket/prefix`; an interrupted preparation goes on where it was, and one that is up to date does nothing.
+"""
 
-from fedsam_core.data.cohort import Progress, read_cohort
-from fedsam_core.data.files import write_atomic
-from fedsam_core.data.preprocess import PreparedCohort, prepare
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime
+from functools import partial
+from secrets import token_hex
+from typing import Any
+
+from cluster.placement import cluster_nodes, plan, preflight
+from cluster.pool import each_on_node
+from cluster.session import ray_session
+from cluster.site import create_sites
+from cluster.store import open_store
+from fedsam_core.data.cohort import Progress, list_cohort
+from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import DataError
+from fedsam_core.federation.engine import Engine, in_process
+from fedsam_core.federation.preparation import CohortSite, CohortSpec, PreparedSites, prepare_shares
 from fedsam_core.hashing import stable_hash
+from fedsam_core.store import OpenStore
 from pipelines import console
 from pipelines.config import Config
-from pipelines.stage import Stage
-
-SOURCES = "sources.sha256"
+from pipelines.stage import STRICT, Stage
 
 
-def prepared_folder(config: Config) -> Path:
-    """Where the prepared cohort of this configuration lies: another cohort or preprocessing has another folder."""
-    key = stable_hash([config.cohort.model_dump(mode="json"), config.preprocess.model_dump(mode="json")])
-    return config.work_dir / "cohorts" / f"{config.cohort.name}-{key[:10]}"
+def engine_session(config: Config) -> AbstractContextManager[None]:
+    """What the configured engine needs around it: a connection to Ray, or nothing."""
+    return ray_session() if config.engine.kind == "ray" else nullcontext()
 
 
-def prepare_cohort(config: Config, progress: Progress | None = None) -> PreparedCohort:
-    """Reads, checks and prepares the cohort; what is already done is not done again.
+def store_opener(config: Config) -> OpenStore:
+    """Opens prepared shares, wherever they are."""
+    return partial(open_store, endpoint=config.storage.s3_endpoint)
+
+
+def prepared_location(config: Config) -> str:
+    """Where the prepared shares of this configuration lie: another cohort or preprocessing has another place."""
+    cohort = config.cohort.model_dump(mode="json", exclude={"strict"})
+    key = stable_hash([cohort, config.preprocess.model_dump(mode="json")])
+    root = config.storage.prepared or str(config.work_dir / "cohorts")
+    return f"{root.rstrip('/')}/{config.cohort.name}-{key[:10]}"
+
+
+def site_names(config: Config, progress: Progress | None = None) -> tuple[str, ...]:
+    """The sites of the cohort: those that the configuration names, else those of the layout.
 
     Raises:
-        DataError: naming the file, row or site that is wrong, and the fix.
+        DataError: the layout cannot be read, or no case in it can be used.
     """
-    folder, sources = prepared_folder(config), source_fingerprint(config)
-    cohort = read_cohort(config.cohort, config.work_dir, progress)
-    prepared = prepare(cohort, config.preprocess, folder, progress)
-    write_atomic(folder / SOURCES, sources.encode())
-    return prepared
+    if config.cohort.sites is not None:
+        return tuple(sorted(config.cohort.sites))
+    listing = list_cohort(config.cohort, config.work_dir, progress)
+    if not listing.cases:
+        first = next((problem.reason for problem in listing.problems), "it is empty")
+        raise DataError(f"{config.cohort.path}: no case can be used ({first})")
+    return tuple(sorted({files.site for files in listing.cases}))
+
+
+def prepare_sites(config: Config, progress: Progress | None = None) -> PreparedSites:
+    """Has every site prepare its share; with Ray, within a `ray_session`.
+
+    Raises:
+        FedsamError: naming the file, row or site that is wrong, and the fix.
+    """
+    location = prepared_location(config)
+    if location.startswith("s3://"):
+        store_opener(config)(location).check()  # before hours are spent on what cannot be kept
+    sites = site_names(config, progress)
+    specs = cohort_specs(config, sites, location)
+    with _engine(config, sites, specs) as engine:
+        return prepare_shares(engine, specs, progress)
 
 
 def prepared_cohort(config: Config, progress: Progress | None = None) -> PreparedCohort:
-    """The prepared cohort; made now if it is not there yet, or if a file of its source has changed since."""
-    folder = prepared_folder(config)
+    """All shares as one cohort, for work on them in this process; prepared here if they are not there yet."""
+    here = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "in-process"})})
+    prepared = prepare_sites(here, progress)
+    opener = store_opener(config)
+    return PreparedCohort.open(*(opener(share["url"]) for _, share in sorted(prepared.shares.items())))
+
+
+def cohort_specs(config: Config, sites: Sequence[str], location: str) -> list[CohortSpec]:
+    """What each site is told."""
+    # The random end keeps two preparations apart: a site enters no attempt of a run twice.
+    run = f"{config.name}-prepare-{datetime.now(UTC):%Y%m%d-%H%M%S}-{token_hex(3)}"
+    return [
+        CohortSpec(
+            run=run,
+            site=site,
+            sites=tuple(sites),
+            seed=config.seed,
+            federation=config.federation,
+            cohort=config.cohort,
+            preprocess=config.preprocess,
+            work_dir=config.work_dir,
+            prepared=location,
+        )
+        for site in sites
+    ]
+
+
+@contextmanager
+def _engine(config: Config, sites: Sequence[str], specs: Sequence[CohortSpec]) -> Iterator[Engine]:
+    factory: Any = partial(CohortSite, open_store=store_opener(config))
+    engine: Engine
+    if config.engine.kind == "in-process":
+        engine = in_process(specs, factory)
+    else:
+        # The actors only wait for their tasks, which book the CPUs.
+        needs = config.engine.site.model_copy(update={"cpus": 0.0, "gpus": 0.0})
+        nodes = cluster_nodes()
+        preflight(sites, nodes, needs)
+        engine = create_sites(specs, plan(sites, nodes, needs), partial(factory, each=each_on_node))
     try:
-        if (folder / SOURCES).read_text() == source_fingerprint(config):
-            return PreparedCohort.open(folder)
-    except (OSError, DataError):
-        pass  # not prepared yet
-    return prepare_cohort(config, progress)
-
-
-def source_fingerprint(config: Config) -> str:
-    """Hash over names, sizes and times of all files of the source: quick, and enough to notice a change."""
-    root, table = config.cohort.path, config.cohort.sites_csv
-    files = [path for path in sorted(root.rglob("*")) if path.is_file()] if root is not None else []
-    files += [table] if table is not None and table.is_file() else []
-    return stable_hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+        yield engine
+    finally:
+        engine.close()
 
 
 def run(config: Config) -> None:
     """Prepares the cohort and prints what is in it."""
-    with console.Bars() as bars:
-        prepared = prepare_cohort(config, bars)
-    show(prepared)
+    with engine_session(config), console.Bars() as bars:
+        prepared = prepare_sites(config, bars)
+    show(prepared, prepared_location(config))
 
 
-def show(prepared: PreparedCohort) -> None:
-    """Prints sites, splits and where the prepared cohort is."""
-    cohort = prepared.cohort
+def show(prepared: PreparedSites, location: str) -> None:
+    """Prints sites, splits, what was left out, and where the prepared cohort is."""
+    cohort = prepared.described
+    left_out = [problem for problem in cohort.problems if problem.quarantined]
     rows = [
-        (site, *(len(cohort.select(site, split)) for split in ("train", "val", "test")), _spacings(prepared, site))
-        for site in cohort.sites
+        (
+            site,
+            *(share["cases"][split] for split in ("train", "val", "test")),
+            sum(problem.site == site for problem in left_out),
+            " x ".join(f"{size:g}" for size in (round(s, 3) for s in share["spacing"])),
+        )
+        for site, share in prepared.shares.items()
     ]
     note = " (synthetic: made by a program, no patient)" if cohort.synthetic else ""
-    title = f"cohort {cohort.name}{note}: {len(cohort.cases)} cases, classes {', '.join(cohort.classes)}"
-    console.out.print(console.table(title, ("site", "train", "val", "test", "median spacing, mm"), rows))
-    console.out.print(f"prepared in {prepared.root}")
+    count = sum(sum(share["cases"].values()) for share in prepared.shares.values())
+    title = f"cohort {cohort.name}{note}: {count} cases, classes {', '.join(cohort.classes)}"
+    columns = ("site", "train", "val", "test", "left out", "median spacing, mm")
+    console.out.print(console.table(title, columns, rows))
+    for problem in cohort.problems:
+        name = f"{problem.case}: " if problem.case else ""
+        what = "left out" if problem.quarantined else "warning"
+        console.out.print(console.plain(f"{what}: {name}{problem.reason}"))
+    window = prepared.config.ct_window
+    if cohort.modality == "ct" and window != "auto":
+        console.out.print(f"{prepared.config.slice_axis} slices, HU {window[0]:g} to {window[1]:g} become 0 to 1")
+    console.out.print(f"prepared in {location}")
 
 
-def _spacings(prepared: PreparedCohort, site: str) -> str:
-    spacings = sorted(case.spacing for case in prepared.cohort.select(site))
-    return " x ".join(f"{size:g}" for size in (round(s, 3) for s in spacings[len(spacings) // 2]))
-
-
-STAGE = Stage("prepare", __doc__ or "", run)
+STAGE = Stage("prepare", __doc__ or "", run, (STRICT,))
 
 if __name__ == "__main__":
     STAGE.main()

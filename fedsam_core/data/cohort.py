@@ -4,22 +4,27 @@ The manifest lists every case with its geometry, intensities and content hashes,
 scans again to know them, and two people can tell whether they hold the same cohort.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from fedsam_core.data.files import write_atomic
-from fedsam_core.data.scans import inspect_scan
-from fedsam_core.data.sources import CaseFiles, Listing, Modality, Split
-from fedsam_core.data.sources.nifti import list_nifti
+from fedsam_core.data.scans import ScanFacts, inspect_scan
+from fedsam_core.data.sources import CaseFiles, Listing, Modality, Problem, ProblemKind, Split
 from fedsam_core.data.sources.phantom import PhantomConfig, list_phantom
-from fedsam_core.errors import DataError
+from fedsam_core.errors import DataError, UnfitMask, UnfitScan, UnreadableScan
 from fedsam_core.hashing import derive_seed, stable_hash
 from fedsam_core.settings import Settings
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+Each = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+"""Applies a picklable function to every item and gives the results in order: `map`, or the same in parallel."""
+
+Source = Literal["nifti", "kits19", "ixi", "prostate", "phantom"]
 
 
 class Case(Settings):
@@ -28,8 +33,9 @@ class Case(Settings):
     id: str = Field(description="name of the case, unique in the cohort")
     site: str = Field(description="hospital that holds the case")
     split: Split = Field(description="what the case serves for: train, val or test")
-    image: str = Field(description="path of the scan (.nii or .nii.gz)")
+    image: str = Field(description="path of the scan: .nii, .nii.gz or the folder of a DICOM series")
     label: str | None = Field(description="path of the label map; null for a scan that is only predicted on")
+    merge_labels: bool = Field(default=False, description="label values over 1 count as 1")
     shape: tuple[int, int, int] = Field(description="voxels of the scan's own grid (X, Y, Z)")
     spacing: tuple[float, float, float] = Field(description="voxel size along X, Y, Z in mm")
     orientation: str = Field(description="axis codes of X, Y, Z: the directions in which the indices grow, like RAS")
@@ -37,17 +43,30 @@ class Case(Settings):
     intensity: dict[str, float] = Field(description="min, max, p01, p99, mean, std of the scan's voxels")
     image_sha256: str = Field(description="SHA-256 of the scan's file")
     label_sha256: str | None = Field(description="SHA-256 of the label map's file")
+    content: str = Field(default="", description="SHA-256 of the voxels: equal for one scan stored in two ways")
+    label_content: str = Field(default="", description="the same of the label map; empty where nothing is labelled")
+    labelled_slices: tuple[int, int] = Field(default=(0, 0), description="slices with a label, and all slices")
 
 
 class Cohort(Settings):
-    """All cases of a study. Label value k means `classes[k - 1]`; 0 is background."""
+    """All cases of a study, or those of one site. Label value k means `classes[k - 1]`; 0 is background."""
 
     name: str = Field(description="name of the cohort")
-    source: Literal["nifti", "phantom"] = Field(description="reader that listed it")
+    source: Source = Field(description="reader that listed it")
     modality: Modality = Field(description="ct (Hounsfield units) or mri (arbitrary units)")
     classes: tuple[str, ...] = Field(description="foreground classes in the order of their label values 1, 2, ...")
+    scored_as: dict[str, tuple[str, ...]] = Field(
+        default={}, description="classes that are scored as a union of classes, such as kidney: [kidney, tumour]"
+    )
     synthetic: bool = Field(description="true if the scans were made by a program and belong to no patient")
     cases: tuple[Case, ...] = Field(description="the cases, in the order of their names")
+    problems: tuple[Problem, ...] = Field(default=(), description="cases left out, with the reason, and warnings")
+
+    @property
+    def structures(self) -> tuple[tuple[int, ...], ...]:
+        """Per class, the label values that count as it when it is scored."""
+        values = {name: value for value, name in enumerate(self.classes, start=1)}
+        return tuple(tuple(sorted(values[part] for part in self.scored_as.get(name, (name,)))) for name in self.classes)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -58,11 +77,16 @@ class Cohort(Settings):
         """Cases of a site and/or a split, in the manifest's order."""
         return tuple(c for c in self.cases if site in (None, c.site) and split in (None, c.split))
 
+    def share_hash(self, site: str) -> str:
+        """SHA-256 (hex) of the content of a site's share: files by their hashes, splits, classes; no path, no name."""
+        own = sorted((c.id, c.site, c.split, c.image_sha256, c.label_sha256 or "") for c in self.select(site))
+        meaning = {"modality": self.modality, "classes": self.classes, "scored_as": self.scored_as}
+        return stable_hash({**meaning, "cases": own})
+
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of the content: files by their hashes, sites, splits and classes, but no path and no name."""
-        cases = sorted((c.id, c.site, c.split, c.image_sha256, c.label_sha256 or "") for c in self.cases)
-        return stable_hash({"modality": self.modality, "classes": self.classes, "cases": cases})
+        """SHA-256 (hex) over the shares of all sites: whoever knows their hashes knows it, and no case."""
+        return cohort_hash({site: self.share_hash(site) for site in self.sites})
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all. Raises DataError if the disk refuses."""
@@ -79,20 +103,39 @@ class Cohort(Settings):
             raise DataError(f"{path}: not a cohort manifest; run prepare again to write it anew") from error
 
 
+def cohort_hash(shares: Mapping[str, str]) -> str:
+    """Hash of a cohort from the hashes of its sites' shares."""
+    return stable_hash(dict(shares))
+
+
 class CohortConfig(Settings):
     """Where the scans are and how they are shared out."""
 
     name: str = Field(description="name of the cohort, used in titles and folders", pattern=r"^[\w][\w.-]*$")
-    source: Literal["nifti", "phantom"] = Field(
-        description="nifti: Decathlon, nnU-Net or folder per site, at `path`; phantom: synthetic CT made on the spot"
+    source: Source = Field(
+        default="nifti",
+        description="layout of `path`: nifti (Decathlon, nnU-Net, a folder a site), kits19, ixi, prostate; or phantom: "
+        "synthetic CT made on the spot",
     )
-    path: Path | None = Field(default=None, description="folder of a nifti cohort")
+    path: Path | None = Field(default=None, description="folder that holds the scans of all sites")
+    sites: dict[str, Path] | None = Field(
+        default=None,
+        description="instead of `path`: folder of each site's own scans, on the site's own node, by the site's name",
+    )
     sites_csv: Path | None = Field(
-        default=None, description="table with the columns case,site,split; default: sites.csv in `path` if it is there"
+        default=None,
+        description="table with the columns case,site,split; default: sites.csv in `path`, else the published split",
     )
-    modality: Modality | None = Field(default=None, description="ct or mri; default: what dataset.json says")
+    modality: Modality | None = Field(default=None, description="ct or mri; default: what the layout says")
     classes: tuple[str, ...] | None = Field(
-        default=None, description="names of label values 1, 2, ...; default: what dataset.json says"
+        default=None, description="names of label values 1, 2, ...; default: what the layout says"
+    )
+    scored_as: dict[str, tuple[str, ...]] | None = Field(
+        default=None,
+        description="classes scored as a union, such as {kidney: [kidney, tumour]}; default: what the layout says",
+    )
+    strict: bool = Field(
+        default=False, description="stop at the first case that cannot be used, instead of leaving it out with a reason"
     )
     val_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="share of each site's training cases used for validation; 0: none"
@@ -104,66 +147,168 @@ class CohortConfig(Settings):
     phantom: PhantomConfig = Field(default=PhantomConfig(), description="what the phantom source makes")
 
     @model_validator(mode="after")
-    def _path_of_nifti(self) -> Self:
-        if self.source == "nifti" and self.path is None:
-            raise ValueError("source nifti needs `path`, the folder that holds the scans")
+    def _one_place(self) -> Self:
+        if self.source == "phantom":
+            return self
+        if self.sites is not None and (self.path is not None or self.sites_csv is not None or self.source != "nifti"):
+            raise ValueError(
+                "`sites` gives each site's own folder (source nifti, with a splits.csv in it): leave out path and "
+                "sites_csv"
+            )
+        if self.path is None and not self.sites:
+            raise ValueError(
+                f"source {self.source} needs `path`, the folder that holds the scans, or `sites`, a folder a site"
+            )
+        if odd := [site for site in self.sites or {} if not site.replace("_", "").replace("-", "").isalnum()]:
+            raise ValueError(f"site name {odd[0]!r} in `sites`: use letters, digits, dash and underscore")
         return self
 
 
-def read_cohort(config: CohortConfig, work_dir: Path, progress: Progress | None = None) -> Cohort:
-    """List the cases of `config` and open every scan once: geometry, intensities, hashes, faults.
+def list_cohort(
+    config: CohortConfig, work_dir: Path, progress: Progress | None = None, site: str | None = None
+) -> Listing:
+    """Which files make up which cases, of all sites or of one; no voxel is read.
 
     Args:
-        work_dir: where the phantom source writes its scans; a nifti cohort writes nothing.
-        progress: called as (stage, done, total) after each case.
+        work_dir: where the phantom source writes its scans; other sources write nothing.
+        progress: called as (stage, done, total) while the phantom is made.
+        site: only this one; with `config.sites` no other folder is looked at.
 
     Raises:
-        DataError: naming the file, site or row that is wrong, and the fix. The first fault ends the reading.
+        DataError: the layout makes no sense as a whole, or classes or modality are nowhere said.
     """
+    from fedsam_core.data.sources.layouts import list_source
+    from fedsam_core.data.sources.nifti import list_site
+
     if config.source == "phantom":
         listing = list_phantom(config.phantom, work_dir, progress)
+    elif config.sites is not None:
+        listing = _join([list_site(name, path) for name, path in config.sites.items() if site in (None, name)])
     else:
         assert config.path is not None  # checked by CohortConfig
-        listing = list_nifti(config.path, config.sites_csv)
+        listing = list_source(config.source, config.path, config.sites_csv)
+    classes, modality = config.classes or listing.classes, config.modality or listing.modality
     where = config.path or config.name
-    classes = config.classes or listing.classes
     if not classes:
         raise DataError(f"{where}: no dataset.json names the classes; set cohort.classes, like [kidney, tumour]")
-    modality = config.modality or listing.modality
     if modality is None:
         raise DataError(f"{where}: no dataset.json names the modality; set cohort.modality to ct or mri")
-    splits = _splits(listing, config)
-
-    cases = []
-    for done, files in enumerate(sorted(listing.cases, key=lambda files: files.id), start=1):
-        cases.append(_read_case(files, splits[files.id], len(classes)))
-        if progress is not None:
-            progress("read", done, len(listing.cases))
-    return Cohort(
-        name=config.name,
-        source=config.source,
+    scored_as = listing.scored_as if config.scored_as is None else config.scored_as
+    for name, parts in scored_as.items():
+        if unknown := [part for part in (name, *parts) if part not in classes]:
+            raise DataError(f"{where}: cohort.scored_as names {unknown[0]}, which is not among {', '.join(classes)}")
+    return replace(
+        listing,
+        cases=tuple(files for files in listing.cases if site in (None, files.site)),
+        problems=tuple(problem for problem in listing.problems if site in (None, problem.site) or not problem.site),
+        classes=tuple(classes),
         modality=modality,
-        classes=classes,
-        synthetic=listing.synthetic,
-        cases=tuple(cases),
+        scored_as=scored_as,
     )
 
 
-def _read_case(files: CaseFiles, split: Split, classes: int) -> Case:
-    scan = inspect_scan(files.image, files.label, classes)
+def _join(listings: Sequence[Listing]) -> Listing:
+    """The listings of several sites as one. What only one of them says counts for all; they must not disagree."""
+    first = listings[0]
+    for other in listings[1:]:
+        if (first.classes, first.modality) != (other.classes, other.modality):
+            raise DataError(
+                f"sites disagree on what their labels mean ({first.classes} and {other.classes}, {first.modality} and "
+                f"{other.modality}): set cohort.classes and cohort.modality"
+            )
+    cases = tuple(files for listing in listings for files in listing.cases)
+    return replace(first, cases=cases, problems=tuple(problem for listing in listings for problem in listing.problems))
+
+
+def read_cohort(
+    config: CohortConfig,
+    work_dir: Path,
+    progress: Progress | None = None,
+    site: str | None = None,
+    each: Each = map,
+) -> Cohort:
+    """List the cases of `config` and open every scan once: geometry, intensities, hashes, faults.
+
+    A case that cannot be used is left out and listed in `Cohort.problems` with the reason. So is the training or
+    validation copy of a scan that is a test case too: a model that has seen it would be scored on it.
+
+    Args:
+        work_dir, site: see `list_cohort`.
+        progress: called as (stage, done, total) after each case.
+        each: how the scans are gone through.
+
+    Raises:
+        DataError: naming the file, site or row that is wrong, and the fix: the cohort makes no sense as a whole, a site
+            has no training case left, or, with `config.strict`, the first case that would be left out.
+    """
+    listing = list_cohort(config, work_dir, progress, site)
+    problems = list(listing.problems)
+    _stop_if(config.strict, problems)
+    splits = _splits(listing, config)
+    files = sorted(listing.cases, key=lambda files: files.id)
+    assert listing.classes is not None  # by list_cohort
+    assert listing.modality is not None
+    inspect = partial(_inspect, classes=len(listing.classes), merge=listing.merge_labels)
+    cases = []
+    for done, (one, found) in enumerate(zip(files, each(inspect, files), strict=True), start=1):
+        if isinstance(found, ScanFacts):
+            cases.append(_case(one, splits[one.id], found, listing.merge_labels))
+        else:
+            problems.append(Problem(kind=_kind(found), case=one.id, site=one.site, reason=str(found), quarantined=True))
+            _stop_if(config.strict, problems)
+        if progress is not None:
+            progress("read", done, len(files))
+    from fedsam_core.data.findings import find_clipped, find_duplicates
+
+    problems += find_duplicates(cases)
+    if config.source == "prostate":
+        problems += find_clipped(cases)
+    _stop_if(config.strict, problems)
+    left_out = {problem.case for problem in problems if problem.quarantined}
+    cases = [case for case in cases if case.id not in left_out]
+    for name in sorted({files.site for files in listing.cases}):
+        if not any(case.site == name and case.split == "train" for case in cases):
+            reason = next((p.reason for p in problems if p.quarantined and p.site == name), "")
+            raise DataError(f"site {name}: no training case can be used; mend them or leave the site out ({reason})")
+    return Cohort(
+        name=config.name,
+        source=config.source,
+        modality=listing.modality,
+        classes=listing.classes,
+        scored_as=dict(listing.scored_as),
+        synthetic=listing.synthetic,
+        cases=tuple(cases),
+        problems=tuple(problems),
+    )
+
+
+def _stop_if(strict: bool, problems: Iterable[Problem]) -> None:
+    if strict and (first := next((problem for problem in problems if problem.quarantined), None)):
+        raise DataError(first.reason)
+
+
+def _inspect(files: CaseFiles, classes: int, merge: bool) -> ScanFacts | DataError:
+    """A fault of one case is a value, not an exception: the others go on."""
+    try:
+        return inspect_scan(files.image, files.label, classes, merge)
+    except DataError as error:
+        return error
+
+
+def _kind(error: DataError) -> ProblemKind:
+    kinds: dict[type[DataError], ProblemKind] = {UnreadableScan: "unreadable", UnfitScan: "scan", UnfitMask: "mask"}
+    return kinds.get(type(error), "unreadable")
+
+
+def _case(files: CaseFiles, split: Split, scan: ScanFacts, merge: bool) -> Case:
     return Case(
         id=files.id,
         site=files.site,
         split=split,
         image=str(files.image),
         label=str(files.label),
-        shape=scan.shape,
-        spacing=scan.spacing,
-        orientation=scan.orientation,
-        label_values=scan.label_values,
-        intensity=scan.intensity,
-        image_sha256=scan.image_sha256,
-        label_sha256=scan.label_sha256,
+        merge_labels=merge,
+        **asdict(scan),
     )
 
 

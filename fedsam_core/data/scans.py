@@ -1,5 +1,8 @@
 # mypy: untyped-calls-exclude=nibabel
-"""One scan from disk, checked: whatever is wrong with a file is said here, in one line, before anything is computed."""
+"""One scan from disk, checked: whatever is wrong with a file is said here, in one line, before anything is computed.
+
+A scan is a NIfTI file, or the folder of a DICOM series (`dicom`).
+"""
 
 import gzip
 import hashlib
@@ -11,9 +14,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
-from fedsam_core.errors import DataError
+from fedsam_core.errors import UnfitMask, UnfitScan, UnreadableScan
 
 AFFINE_TOLERANCE = 0.1  # voxels by which a mask may lie off its scan: headers round to float32 and mix sform and qform
 
@@ -40,42 +45,61 @@ class Volume:
 
 @dataclass(frozen=True)
 class ScanFacts:
-    """What a cohort's manifest keeps of a scan and its label map."""
+    """What a cohort's manifest keeps of a scan and its label map; see `cohort.Case`."""
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     orientation: str
     label_values: tuple[int, ...]
+    labelled_slices: tuple[int, int]
     intensity: dict[str, float]
     image_sha256: str
     label_sha256: str
+    content: str
+    label_content: str
 
 
 def read_image(path: Path) -> Volume:
-    """Read a scan as float32 [X, Y, Z]. Raises DataError for anything that cannot be trained on."""
-    volume = _read_nifti(path)
+    """Read a scan as float32 [X, Y, Z]. Raises UnreadableScan or UnfitScan for anything that cannot be trained on."""
+    if path.is_dir():
+        from fedsam_core.data.dicom import read_series  # its libraries take seconds to import
+
+        volume = read_series(path)
+    else:
+        volume = _read_nifti(path)
     voxels = volume.voxels.astype(np.float32, copy=False)
     if not np.isfinite(voxels).all():
-        raise DataError(f"{path}: {_count(~np.isfinite(voxels))} NaN or infinite; export the scan again or fill them")
+        raise UnfitScan(f"{path}: {_count(~np.isfinite(voxels))} NaN or infinite; export the scan again or fill them")
     if voxels.size == 0 or voxels.min() == voxels.max():
-        raise DataError(f"{path}: the scan is empty (one value everywhere); export it again or leave the case out")
+        raise UnfitScan(f"{path}: the scan is empty (one value everywhere); export it again or leave the case out")
     return Volume(voxels, volume.affine, volume.sha256)
 
 
-def read_label(path: Path, image: Volume, image_path: Path, classes: int) -> Volume:
+def read_label(path: Path, image: Volume, image_path: Path, classes: int, merge: bool = False) -> Volume:
     """Read the label map of a scan as uint8 [X, Y, Z] with values 0..classes.
 
-    Raises DataError if it does not lie on the scan's grid or holds another value.
+    Args:
+        path: NIfTI, or a DICOM segmentation (.dcm).
+        image: the scan whose grid it must lie on; `image_path` names it in errors.
+        classes: foreground classes.
+        merge: values over 1 become 1.
+
+    Raises UnreadableScan, and UnfitMask if it does not lie on the scan's grid or holds another value.
     """
-    label = _read_nifti(path)
+    if path.suffix == ".dcm":
+        from fedsam_core.data.dicom import read_segmentation
+
+        label = Volume(read_segmentation(path, image), image.affine, hashlib.sha256(path.read_bytes()).hexdigest())
+    else:
+        label = _read_nifti(path)
     if label.voxels.shape != image.voxels.shape:
-        raise DataError(
+        raise UnfitMask(
             f"{path}: mask of shape {label.voxels.shape} for a scan of shape {image.voxels.shape} ({image_path.name}); "
             "resample the mask onto its scan"
         )
     offset = _largest_offset(image, label.affine)
     if not offset <= AFFINE_TOLERANCE * min(image.spacing):
-        raise DataError(
+        raise UnfitMask(
             f"{path}: mask lies up to {offset:.3g} mm off its scan ({image_path.name}), by their affines; resample the "
             "mask onto its scan, or copy the scan's affine if only the header is wrong"
         )
@@ -83,30 +107,48 @@ def read_label(path: Path, image: Volume, image_path: Path, classes: int) -> Vol
     if voxels.dtype.kind == "f":
         odd = voxels[~(voxels == np.rint(voxels))]  # NaN equals nothing; infinity falls to the next test
         if odd.size:
-            raise DataError(f"{path}: label value {odd[0]:g} is not an integer; resample masks with nearest neighbour")
+            raise UnfitMask(f"{path}: label value {odd[0]:g} is not an integer; resample masks with nearest neighbour")
     low, high = voxels.min(), voxels.max()
-    if low < 0 or high > classes:
-        raise DataError(
+    if low < 0 or (high > classes and not merge):
+        raise UnfitMask(
             f"{path}: label value {high if high > classes else low:g}, but the cohort has {classes} "
             f"class{'es' * (classes > 1)} (values 0 to {classes}); name the class in cohort.classes or mend the mask"
         )
-    return Volume(voxels.astype(np.uint8), label.affine, label.sha256)
+    if merge:
+        voxels = voxels > 0
+    return Volume(voxels.astype(np.uint8, copy=False), label.affine, label.sha256)
 
 
-def inspect_scan(image_path: Path, label_path: Path, classes: int) -> ScanFacts:
+def inspect_scan(image_path: Path, label_path: Path, classes: int, merge: bool = False) -> ScanFacts:
     """Open a scan and its label map once and keep what a manifest needs. Raises DataError like the readers above."""
     image = read_image(image_path)
-    label = read_label(label_path, image, image_path, classes)
+    label = read_label(label_path, image, image_path, classes, merge)
     x, y, z = image.voxels.shape
+    across = int(np.argmax(image.spacing))
+    shown = np.asarray(label.voxels.any(axis=tuple(axis for axis in range(3) if axis != across)))
     return ScanFacts(
         shape=(x, y, z),
         spacing=image.spacing,
         orientation=image.orientation,
         label_values=tuple(value for value in range(classes + 1) if (label.voxels == value).any()),
+        labelled_slices=(int(shown.sum()), len(shown)),
         intensity=intensities(image.voxels),
         image_sha256=image.sha256,
         label_sha256=label.sha256,
+        content=content_hash(image),
+        label_content=content_hash(label) if shown.any() else "",
     )
+
+
+def content_hash(volume: Volume) -> str:
+    """SHA-256 (hex) of the voxels in their dtype and in RAS+ order, with the shape: the same scan stored with other
+    axes, another compression or another header has the same."""
+    turn = ornt_transform(io_orientation(volume.affine), axcodes2ornt("RAS"))
+    voxels = apply_orientation(volume.voxels, turn)
+    digest = hashlib.sha256(str(voxels.shape).encode())
+    for z in range(voxels.shape[2]):
+        digest.update(voxels[:, :, z].tobytes(order="F"))
+    return digest.hexdigest()
 
 
 def percentiles(voxels: npt.NDArray[np.float32], ranks: tuple[float, float]) -> tuple[float, float]:
@@ -118,13 +160,16 @@ def percentiles(voxels: npt.NDArray[np.float32], ranks: tuple[float, float]) -> 
 def intensities(voxels: npt.NDArray[np.float32]) -> dict[str, float]:
     """min, max, 1st and 99th percentile, mean and standard deviation of a scan."""
     low, high = percentiles(voxels, (1, 99))
+    mean = float(voxels.mean(dtype=np.float64))
+    # Plane by plane: a float64 copy of a long scan takes more than a gigabyte.
+    squares = sum(float(np.square(plane, dtype=np.float64).sum()) for plane in (np.float64(p) - mean for p in voxels))
     return {
         "min": float(voxels.min()),
         "max": float(voxels.max()),
         "p01": low,
         "p99": high,
-        "mean": float(voxels.mean(dtype=np.float64)),
-        "std": float(voxels.std(dtype=np.float64)),
+        "mean": mean,
+        "std": float(np.sqrt(squares / voxels.size)),
     }
 
 
@@ -133,7 +178,7 @@ def _read_nifti(path: Path) -> Volume:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(
+        raise UnreadableScan(
             f"{path}: cannot read ({error.strerror or error}); check the path and the permissions"
         ) from error
     digest = hashlib.sha256(data).hexdigest()
@@ -144,11 +189,14 @@ def _read_nifti(path: Path) -> Volume:
         nifti = header.from_bytes(data)
         shape, affine = tuple(int(n) for n in nifti.shape), np.asarray(nifti.affine, np.float64)
         if len(shape) != 3:
-            raise DataError(
+            raise UnfitScan(
                 f"{path}: {len(shape)} dimensions {shape}, but a scan has 3; write one 3D file for the channel or time "
                 "point that you mean"
             )
-        voxels = np.asanyarray(nifti.dataobj)
+        stored: Any = nifti.dataobj
+        voxels, slope, inter = stored.get_unscaled(), stored.slope, stored.inter
+        if (slope, inter) != (1, 0):
+            voxels = apply_read_scaling(voxels, np.float32(slope), np.float32(inter))
     except (
         EOFError,
         OSError,
@@ -158,11 +206,11 @@ def _read_nifti(path: Path) -> Volume:
         nib.filebasedimages.ImageFileError,
         WrapStructError,
     ) as error:
-        raise DataError(f"{path}: truncated or not a NIfTI file; copy or download it again") from error
+        raise UnreadableScan(f"{path}: truncated or not a NIfTI file; copy or download it again") from error
     if voxels.dtype.kind not in "biuf":
-        raise DataError(f"{path}: voxels of type {voxels.dtype}, not numbers; write the scan as integers or floats")
+        raise UnfitScan(f"{path}: voxels of type {voxels.dtype}, not numbers; write the scan as integers or floats")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise DataError(
+        raise UnfitScan(
             f"{path}: the affine does not span a volume; write the header again with the scan's real spacing"
         )
     return Volume(voxels, affine, digest)

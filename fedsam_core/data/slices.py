@@ -113,6 +113,7 @@ class SliceDataset:
         self._images: list[npt.NDArray[np.float16]] = []  # [D, S, S] in [0, 1]
         self._labels: list[npt.NDArray[np.uint8]] = []  # [D, S, S]
         self._spacing = [case.spacing[0] for case in cases]
+        self._names = [case.case.id for case in cases]
         for case in cases:
             if case.label is None:
                 raise DataError(f"case {case.case.id}: no label map; it cannot be trained on")
@@ -136,7 +137,8 @@ class SliceDataset:
 
         Args:
             indices: B slices in 0..len - 1.
-            seed: with a slice's index alone, decides its augmentation: the rest of the batch has no say.
+            seed: of the step; with the slice's case and number alone, it decides the augmentation: neither the rest of
+                the batch nor the site's other cases have a say.
             train: augment, if the configuration does.
 
         Returns:
@@ -148,7 +150,8 @@ class SliceDataset:
             return torch.from_numpy(images), torch.from_numpy(labels).long()
         from fedsam_core.data.augment import augment  # MONAI takes seconds to import, and only training needs it
 
-        streams = [np.random.default_rng(derive_seed(seed, "augment", int(index))) for index in indices]
+        names = [(self._names[self._case_of[index]], int(self._slice_of[index])) for index in indices]
+        streams = [np.random.default_rng(derive_seed(seed, "augment", *name)) for name in names]
         return augment(torch.from_numpy(images), torch.from_numpy(labels), streams, self.config)
 
     def _window(self, index: int) -> npt.NDArray[np.float16]:

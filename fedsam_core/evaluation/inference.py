@@ -1,3 +1,4 @@
+# mypy: untyped-calls-exclude=nibabel
 """Whole-volume inference: every slice is encoded once, and a long scan needs no more memory than its result.
 
 Slices go through the segmenter in batches. What comes back is resampled at once, batch by batch, so that no array of
@@ -6,7 +7,7 @@ the model's square slices is ever kept for the whole volume.
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from nibabel.wrapstruct import WrapStructError
 
 from fedsam_core.data.cohort import Case
+from fedsam_core.data.dicom import read_header
 from fedsam_core.data.files import write_atomic
 from fedsam_core.data.geometry import Geometry, resize
 from fedsam_core.data.preprocess import PreparedCase
@@ -27,8 +29,6 @@ from fedsam_core.sam.segmenter import SamSegmenter
 Array = np.ndarray[Any, Any]
 Labels = np.ndarray[Any, np.dtype[np.uint8]]
 Probabilities = np.ndarray[Any, np.dtype[np.float32]]
-
-BLOCKS = 32  # a volume is resampled across slices in this many blocks of rows
 
 
 def predict_volume(
@@ -69,45 +69,51 @@ def segment_scan(
     image_size: int,
     batch_size: int,
     autocast: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Labels:
     """Label map on the scan's own voxel grid, in its own axes.
 
     The argmax of what `case.geometry.to_scan` makes of `predict_volume`'s probabilities: probabilities are resampled
-    (linearly), not labels, so that contours do not turn into stairs. It is computed batch by batch:
+    (linearly), not labels, so that contours do not turn into stairs. It is computed in one run through the slices. Each
+    batch is brought to the scan's rows and columns; as soon as the slices that a slice of the scan is interpolated from
+    are there, it becomes labels, and what no later slice needs is dropped. Beyond the case itself and a few slices,
+    only the result is held, 1 byte a voxel (3 while its axes are turned): 0.5 GiB for 512 x 512 x 548 voxels, however
+    many classes there are and whatever the spacing.
 
-    - Where the prepared volume has the scan's slices, each batch is brought to the scan's rows and columns and reduced
-      to labels. Beyond the case itself and a batch, only the result is held, 1 byte a voxel (3 while its axes are
-      turned): 0.5 GiB for 512 x 512 x 548 voxels.
-    - Where slices were resampled too, probabilities are held as float16 with the scan's rows and columns and the
-      prepared slices, and resampled across slices in blocks of rows: 1.7 GiB for the same scan, two classes and 685
-      slices. Two classes that are equal to within float16 (5e-4) may come out the other way round.
-
-    Args and effects are those of `predict_volume`.
+    Args and effects are those of `predict_volume`, and:
+        progress: called as (slices done, slices in all) after each batch, in slices of the prepared volume.
 
     Returns:
         uint8 [X, Y, Z] of the scan's shape.
     """
     own = Geometry.plan(case.geometry.affine, case.geometry.scan_shape, case.geometry.plane, spacing=None)
     depth, height, width = own.shape  # of the scan, its axes in the order and direction of the slices
-    batches = _batches(segmenter, case, slices, image_size, batch_size, autocast)
-    labels = np.empty(own.shape, dtype=np.uint8)
+    total = len(case.image)
+    # How much of each prepared slice is in each slice of the scan, [depth, total]; its first and last one.
+    weights = resize(np.eye(total, dtype=np.float32)[:, :, None], (depth, total, 1), order=1)[:, :, 0]
+    first, last = (weights != 0).argmax(axis=1), total - 1 - (weights[:, ::-1] != 0).argmax(axis=1)
+    labels = np.empty((depth, height * width), dtype=np.uint8)
+    held, begin, done = np.empty((segmenter.classes + 1, 0, height * width), dtype=np.float32), 0, 0
     with _evaluating(segmenter):
-        if len(case.image) == depth:
-            for part, batch in batches:
-                labels[part] = resize(batch, (batch.shape[1], height, width), order=1).argmax(axis=0)
-        else:
-            held = np.empty((segmenter.classes + 1, len(case.image), height, width), dtype=np.float16)
-            for part, batch in batches:
-                held[:, part] = resize(batch, (batch.shape[1], height, width), order=1)
-            for rows in np.array_split(np.arange(height), min(BLOCKS, height)):
-                block = held[:, :, rows[0] : rows[-1] + 1].astype(np.float32)
-                resampled = resize(block, (depth, len(rows), width), order=1)
-                labels[:, rows[0] : rows[-1] + 1] = resampled.argmax(axis=0)
-    return np.ascontiguousarray(own.to_scan(labels, order=0))
+        for part, batch in _batches(segmenter, case, slices, image_size, batch_size, autocast):
+            fresh = resize(batch, (batch.shape[1], height, width), order=1)
+            held = np.concatenate([held, fresh.reshape(*fresh.shape[:2], -1)], axis=1)
+            while done < depth and last[done] < part.stop:
+                low, high = int(first[done]), int(last[done]) + 1
+                labels[done] = (weights[done, low:high] @ held[:, low - begin : high - begin]).argmax(axis=0)
+                done += 1
+            needed = min(int(first[done]), part.stop) if done < depth else part.stop
+            held, begin = held[:, needed - begin :], needed
+            if progress is not None:
+                progress(part.stop, total)
+    return np.ascontiguousarray(own.to_scan(labels.reshape(own.shape), order=0))
 
 
 def save_segmentation(label_map: Array, case: Case, path: Path) -> None:
-    """Writes a label map as NIfTI (uint8) with the affine and the form codes of the case's scan, whole or not at all.
+    """Writes a label map as NIfTI (uint8) that lies on the case's scan, whole or not at all.
+
+    The mask of a NIfTI scan has its affine and form codes; that of a DICOM series the affine of its headers (mm,
+    sform and qform "scanner"; NIfTI keeps it in float32).
 
     Args:
         label_map: integers 0..255, [X, Y, Z] on the scan's own grid.
@@ -120,23 +126,39 @@ def save_segmentation(label_map: Array, case: Case, path: Path) -> None:
     """
     if not path.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{path}: a segmentation is written as NIfTI; name it .nii.gz or .nii")
-    try:
-        scan = nib.load(case.image)
-    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, WrapStructError) as error:
-        raise DataError(f"{case.image}: cannot read the scan whose header the mask is to have; restore it") from error
-    if not isinstance(scan, nib.Nifti1Image):  # NIfTI-2 is a kind of it
-        raise DataError(f"{case.image}: not a NIfTI file; prepare the cohort from NIfTI scans")
-    if label_map.shape != scan.shape:
-        raise ValueError(f"label map of shape {label_map.shape} for a scan of shape {scan.shape} ({case.image})")
-    header = scan.header.copy()  # type: ignore[no-untyped-call]
+    scan = Path(case.image)
+    kind, header, shape = _series_header(scan) if scan.is_dir() else _nifti_header(scan)
+    if label_map.shape != shape:
+        raise ValueError(f"label map of shape {label_map.shape} for a scan of shape {shape} ({scan})")
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # the display window of the scan would hide the labels
     header["descrip"] = b"fedsam segmentation"
     header.extensions.clear()  # they may hold the DICOM header, and with it the patient's name
-    image = type(scan)(label_map.astype(np.uint8), None, header)
-    data = image.to_bytes()
+    data = kind(label_map.astype(np.uint8), None, header).to_bytes()
     write_atomic(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def _nifti_header(path: Path) -> tuple[type[nib.Nifti1Image], nib.Nifti1Header, tuple[int, ...]]:
+    """Kind of NIfTI, header and shape of a scan."""
+    try:
+        scan = nib.load(path)
+    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, WrapStructError) as error:
+        raise DataError(f"{path}: cannot read the scan whose header the mask is to have; restore it") from error
+    if not isinstance(scan, nib.Nifti1Image):  # NIfTI-2 is a kind of it
+        raise DataError(f"{path}: neither NIfTI nor the folder of a DICOM series; prepare the cohort from such scans")
+    return type(scan), scan.header.copy(), scan.shape
+
+
+def _series_header(folder: Path) -> tuple[type[nib.Nifti1Image], nib.Nifti1Header, tuple[int, ...]]:
+    """Kind of NIfTI, a header that says where a DICOM series lies, and its shape."""
+    series = read_header(folder)
+    header = nib.Nifti1Header()
+    header.set_data_shape(series.shape)
+    header.set_sform(series.affine, code="scanner")
+    header.set_qform(series.affine, code="scanner")
+    header.set_xyzt_units("mm")
+    return nib.Nifti1Image, header, series.shape
 
 
 def _batches(

@@ -29,7 +29,7 @@ from fedsam_core.secagg.refusals import MalformedMessage, UnfitValues
 from fedsam_core.selection import ParameterManifest
 from fedsam_core.settings import Settings
 
-Purpose = Literal["weights", "update", "scores"]
+Purpose = Literal["weights", "update", "scores", "survey"]  # the last before a run, see `preparation`
 Lanes = Mapping[str, NDArray[np.float64]]
 
 
@@ -94,6 +94,8 @@ def layout_of(
     Raises:
         UnfitValues: the task has clips for other groups, or the ring has no room for so many sites.
     """
+    if task.purpose == "survey":
+        raise UnfitValues("a survey of the cohort is summed before a run, not in it")
     lanes: tuple[Lane, ...]
     if task.purpose == "weights":
         lanes = (Lane("slices", 1, MAX_SLICES),)

@@ -4,9 +4,6 @@ Every method takes and returns bytes, numbers or plain dictionaries. The scans, 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,59 +11,43 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from fedsam_core.data.preprocess import PreparedCase, PreparedCohort
 from fedsam_core.data.slices import SliceConfig, SliceDataset
-from fedsam_core.errors import DataError, RoundError, SecureSumError
+from fedsam_core.errors import DataError, RoundError
 from fedsam_core.evaluation.inference import segment_scan
 from fedsam_core.evaluation.metrics import CaseScore, dice_sums, score_case, summarize
 from fedsam_core.evaluation.overlays import overlay
-from fedsam_core.federation.answered import Answered
-from fedsam_core.federation.config import FederationConfig
-from fedsam_core.federation.engine import describe_failure
-from fedsam_core.federation.lanes import Task, attempt_from_json, layout_of, put_update, sum_hash, task_from_dict
-from fedsam_core.federation.policy import read_policy
+from fedsam_core.federation.lanes import Task, layout_of, put_update, sum_hash
 from fedsam_core.federation.state import state_hash, unpack_state, weights_hash
+from fedsam_core.federation.summing import SummingSite, SumSpec
 from fedsam_core.hashing import derive_seed, stable_hash
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.device import describe_device, pick_device
 from fedsam_core.learning.learner import Fit, Learner
 from fedsam_core.sam.adapters import adapt, load_shared_state
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter
-from fedsam_core.secagg.attempt import Attempt, default_threshold
-from fedsam_core.secagg.keyfiles import passphrase_from_environment, read_identity, read_roster
-from fedsam_core.secagg.keys import Identity, Roster
+from fedsam_core.secagg.attempt import Attempt
 from fedsam_core.secagg.layout import VectorLayout
-from fedsam_core.secagg.plain import plain_input
-from fedsam_core.secagg.quantize import Encoder
-from fedsam_core.secagg.refusals import ForgedKeys, OtherAttempt, OtherModel, OutOfTurn, UnfitValues, UnknownSite
-from fedsam_core.secagg.site import SiteSession
+from fedsam_core.secagg.refusals import OtherAttempt, OtherModel, OutOfTurn
 from fedsam_core.selection import LayerSelection, ParameterManifest
-from fedsam_core.settings import Settings
+from fedsam_core.store import OpenStore, folder_store
 
 _log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
-Fill = Callable[[Encoder, VectorLayout], None]
-"""Puts a site's values into the lanes of a sum."""
 
 
-class SiteSpec(Settings):
+class SiteSpec(SumSpec):
     """All that a site needs to take part in a run."""
 
-    run: str = Field(pattern=r"^\w[\w.-]*$")
-    site: str
-    sites: tuple[str, ...]
-    """All sites of the run: this one refuses a sum over fewer."""
-    seed: int
     config_hash: str
-    cohort: Path
+    cohort: str
+    """Where this site's prepared share is: a folder, or a url that the site's `open_store` knows."""
     model: ModelConfig
     selection: LayerSelection
     slices: SliceConfig
     learning: LearningConfig
-    federation: FederationConfig
     inference_batch: int
 
     def settings_hash(self, frozen: str, roster: str) -> str:
@@ -103,22 +84,19 @@ class OpenSite:
         return self.prepared.cohort.classes
 
 
-class FederatedSite:
-    """One site. `open` and `enroll` first; then secure sums: advertise, share, a contribution, confirm, unmask.
+class FederatedSite(SummingSite):
+    """One site. `open` and `enroll` first; then secure sums (see `SummingSite`).
 
     The contributions are `weigh` (how many slices), `fit` (train; the update) and `score` (segment; Dice).
     """
 
-    def __init__(self, spec: SiteSpec) -> None:
-        self.spec = spec
-        self._identity = Identity.generate()  # a development identity, unless the configuration names a roster
-        self._answered = Answered()
+    spec: SiteSpec
+
+    def __init__(self, spec: SiteSpec, open_store: OpenStore = folder_store) -> None:
+        """`open_store` opens the share's location: a folder, unless the caller knows more."""
+        super().__init__(spec)
+        self._open_store = open_store
         self._opened: OpenSite | None = None
-        self._roster: Roster | None = None
-        self._attempt: Attempt | None = None
-        self._task = Task(purpose="weights")
-        self._session: SiteSession | None = None
-        self._layout: VectorLayout | None = None
         self._held: dict[str, Array] | None = None
         self._total_slices: float | None = None
         self._pictured = False
@@ -135,11 +113,10 @@ class FederatedSite:
             SecureSumError: the roster or this site's key cannot be used, or the site's policy forbids the run.
         """
         with self._logged("open"):
-            policy = read_policy()
-            self.spec = spec = self.spec.model_copy(update={"federation": policy.tighten(self.spec.federation)})
-            roster_hash = self._pin(spec.federation.roster) if spec.federation.roster else ""
+            roster_hash = self._identify()
+        spec = self.spec
         torch.set_num_threads(spec.learning.threads)
-        prepared = PreparedCohort.open(spec.cohort)
+        prepared = PreparedCohort.open(self._open_store(spec.cohort))
         train = [prepared.load(case.id) for case in prepared.cohort.select(spec.site, "train")]
         if not train:
             raise DataError(f"site {spec.site}: no training case; give it one in sites.csv, or leave the site out")
@@ -159,54 +136,6 @@ class FederatedSite:
             "device": describe_device(device),
             "precision": "bf16" if learner.autocast else "fp32",
         }
-
-    def enroll(self, roster: Mapping[str, str]) -> None:
-        """Takes the public identity keys (hex, by site) of everyone in the run from the driver: a development roster.
-
-        Raises:
-            UnknownSite: this site pins a roster, and the driver's is another.
-        """
-        with self._logged("enroll"):
-            path, pinned = self.spec.federation.roster, self._roster
-            if path is None:
-                self._roster = _told_roster(roster)
-            elif pinned is None or any(
-                site not in pinned.keys or pinned.key(site).hex() != roster[site] for site in roster
-            ):
-                raise UnknownSite(
-                    f"site {self.spec.site} was told other keys than those of {path}, which it pins: compare the "
-                    "rosters (`fedsam keys show`)"
-                )
-
-    def advertise(self, attempt: bytes, task: Mapping[str, Any]) -> bytes:
-        """Starts a sum with fresh keys.
-
-        Raises:
-            OtherAttempt: run, sites, threshold, configuration or layout are not the ones this site was opened with.
-            OutOfTurn: the attempt, or a later one, was entered before.
-        """
-        with self._logged("advertise"):
-            announced = attempt_from_json(attempt)
-        with self._logged("advertise", announced):
-            asked = task_from_dict(task)
-            layout = layout_of(
-                asked, len(self.spec.sites), self._site.manifest, len(self._site.classes), self.spec.federation
-            )
-            self._compare(announced, asked, layout)
-            self._answered.enter(announced)
-            self._end_sum()
-            self._attempt, self._task, self._layout = announced, asked, layout
-            if self.spec.federation.secure_sum == "plain":
-                return b""
-            if self._roster is None:
-                raise UnknownSite(f"site {self.spec.site} was asked for a secure sum before it knew its peers' keys")
-            self._session = SiteSession(announced, self.spec.site, self._identity, self._roster, layout)
-            return self._session.advertise()
-
-    def share(self, advertised: bytes) -> bytes:
-        """Sends every peer its encrypted shares of this site's keys."""
-        with self._logged("share"):
-            return self._running().share(advertised)
 
     def weigh(self, delivered: bytes) -> bytes:
         """Contributes the number of this site's training slices."""
@@ -251,24 +180,6 @@ class FederatedSite:
             totals, counts = dice_sums([score for score, _ in self._scored], len(self._site.classes))
             return self._contribute(lambda encoder, _: encoder.put_all({"dice": totals, "cases": counts}))
 
-    def confirm(self, survivors: bytes) -> bytes:
-        """Signs whose contributions are in the sum."""
-        with self._logged("confirm"):
-            session = self._running()
-            message = session.confirm(survivors)
-            self._answered.check(self._current(), self._about, session.survivors)
-            return message
-
-    def unmask(self, confirmations: bytes) -> bytes:
-        """Opens the sum, and only the sum; the attempt's keys are wiped afterwards."""
-        with self._logged("unmask"):
-            session = self._running()
-            message = session.unmask(confirmations)
-            # Before the shares leave, for whom they are is noted for good.
-            self._answered.open(self._current(), self._about, session.survivors)
-            self._end_sum()
-            return message
-
     def disclose(self, picture: bool) -> dict[str, Any]:
         """What the configuration lets this site tell in the open about its last scoring.
 
@@ -294,20 +205,21 @@ class FederatedSite:
             raise RoundError(f"site {self.spec.site} is not open (it may have been restarted)")
         return self._opened
 
-    @property
-    def _about(self) -> str:
-        """What the present sum is about, whatever attempt it is."""
-        return self._task.purpose + (f"/{self._task.split}" if self._task.split else "")
+    def _lanes(self, task: Task) -> VectorLayout:
+        site = self._site
+        return layout_of(task, len(self.spec.sites), site.manifest, len(site.classes), self.spec.federation)
 
-    def _current(self) -> Attempt:
-        if self._attempt is None:
-            raise RoundError(f"site {self.spec.site} has no sum under way (it may have been restarted)")
-        return self._attempt
+    def _signed(self, task: Task, layout: VectorLayout) -> dict[str, str]:
+        site = self._site
+        return {"config_hash": site.settings_hash, "layout_hash": sum_hash(site.manifest, layout, task)}
 
-    def _running(self) -> SiteSession:
-        if self._session is None:
-            raise RoundError(f"site {self.spec.site} has no sum under way (it may have been restarted)")
-        return self._session
+    def _compare(self, attempt: Attempt, task: Task, layout: VectorLayout) -> None:
+        super()._compare(attempt, task, layout)
+        spec = self.spec
+        if task.purpose == "weights" and attempt.model_hash:
+            raise OtherAttempt(f"site {spec.site} refuses to count slices for a global state: they depend on none")
+        if attempt.round > spec.federation.rounds:
+            raise OtherAttempt(f"site {spec.site} refuses round {attempt.round} of {spec.federation.rounds}")
 
     def _accept(self, state: bytes | None) -> dict[str, Array]:
         """The global state, if it is the one that all sites were told of. None stands for the one held already."""
@@ -322,96 +234,6 @@ class FederatedSite:
             )
         self._held = unpacked
         return unpacked
-
-    def _pin(self, path: Path) -> str:
-        """Takes the roster and this site's own key from this node's files; gives the roster's hash."""
-        spec = self.spec
-        self._roster = read_roster(path)
-        folder = spec.federation.key_dir.expanduser()
-        key_file = folder / f"{spec.site}.key"
-        self._identity = read_identity(key_file, passphrase_from_environment())
-        if self._roster.key(spec.site) != self._identity.public:
-            raise ForgedKeys(f"{key_file} is not the key that {path} pins for site {spec.site}: exchange keys again")
-        self._answered = Answered(folder / f"{spec.site}.answered" / f"{spec.run}.json")
-        return self._roster.hash
-
-    def _compare(self, attempt: Attempt, task: Task, layout: VectorLayout) -> None:
-        """Refuses an attempt that is not about what this site was opened for."""
-        spec = self.spec
-        own = {
-            "run": spec.run,
-            "sites": spec.sites,
-            "threshold": default_threshold(len(spec.sites)),
-            "config_hash": self._site.settings_hash,
-            "layout_hash": sum_hash(self._site.manifest, layout, task),
-        }
-        for key, value in own.items():
-            if (theirs := getattr(attempt, key)) != value:
-                raise OtherAttempt(
-                    f"site {spec.site} refuses the {task.purpose} sum of round {attempt.round}: its {key} is {value}, "
-                    f"the driver's {theirs}. Start all with the same configuration and code"
-                )
-        if task.purpose == "weights" and attempt.model_hash:
-            raise OtherAttempt(f"site {spec.site} refuses to count slices for a global state: they depend on none")
-        if attempt.round > spec.federation.rounds:
-            raise OtherAttempt(f"site {spec.site} refuses round {attempt.round} of {spec.federation.rounds}")
-
-    @contextmanager
-    def _logged(self, what: str, announced: Attempt | None = None) -> Iterator[None]:
-        """Every refusal is in the log of the site, by name, whatever the driver makes of it, and ends the sum."""
-        try:
-            yield
-        except SecureSumError as error:
-            attempt = announced or self._attempt
-            place = f"run {attempt.run}, round {attempt.round}, attempt {attempt.attempt}" if attempt else "no attempt"
-            _log.warning("site %s refused %s (%s): %s", self.spec.site, what, place, describe_failure(error))
-            if not isinstance(error, OutOfTurn):  # whoever asks out of turn does not end what is under way
-                self._end_sum()
-            raise
-
-    @contextmanager
-    def _masks_ahead(self, delivered: bytes) -> Iterator[None]:
-        """Makes the masks of the vector in another thread while the caller trains or segments."""
-        if self.spec.federation.secure_sum == "plain":
-            yield
-            return
-        session = self._running()
-        with ThreadPoolExecutor(1, thread_name_prefix="masks") as pool:
-            making = pool.submit(session.deliver, delivered)
-            try:
-                yield
-                making.result()
-            except OutOfTurn:
-                raise  # ends nothing that is under way
-            except BaseException:
-                making.exception()  # has ended, before its secrets are wiped
-                self._end_sum()
-                raise
-
-    def _contribute(self, fill: Fill) -> bytes:
-        attempt, layout = self._current(), self._layout
-        assert layout is not None  # set with the attempt
-        # Not of the attempt: a repeated attempt of a round gives the same bits.
-        encoder = Encoder(layout, derive_seed(self.spec.seed, "rounding", layout.hash, attempt.round, self.spec.site))
-        try:
-            fill(encoder, layout)
-        except UnfitValues as error:
-            # What exactly is the site's own business: even how far a value is beyond its clip says something of it.
-            _log.warning("site %s sends nothing in round %d: %s", self.spec.site, attempt.round, error)
-            raise UnfitValues(
-                f"site {self.spec.site} sends nothing in round {attempt.round}: its values do not fit their clips (its "
-                "log says which). Where an update is too large, lower learning.learning_rate or raise "
-                f"federation.update_clip ({self.spec.federation.update_clip:g})"
-            ) from None
-        if self.spec.federation.secure_sum == "plain":
-            return plain_input(attempt, self.spec.site, self._identity, layout, encoder.vector())
-        return self._running().masked_input(encoder.vector())
-
-    def _end_sum(self) -> None:
-        """Keys do not outlive their sum, however it ended."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
 
     def _cases(self, split: Literal["train", "val", "test"]) -> list[PreparedCase]:
         return [self._site.prepared.load(case.id) for case in self._site.prepared.cohort.select(self.spec.site, split)]
@@ -434,7 +256,9 @@ class FederatedSite:
             self.spec.inference_batch,
             self._site.learner.autocast,
         )
-        return score_case(prediction, prepared.case, self._site.classes), prediction
+        return score_case(
+            prediction, prepared.case, self._site.classes, self._site.prepared.cohort.structures
+        ), prediction
 
     def _picture(self) -> bytes:
         """PNG of the case with the median Dice: neither the best nor the worst of the site."""
@@ -445,10 +269,3 @@ class FederatedSite:
             caption = f"{self.spec.site} · a {score.split} case"  # its name stays at the site
             overlay(self._site.prepared.cohort, score, prediction, path, caption=caption)
             return path.read_bytes()
-
-
-def _told_roster(keys: Mapping[str, str]) -> Roster:
-    try:
-        return Roster({site: bytes.fromhex(key) for site, key in keys.items()})
-    except ValueError as error:
-        raise ForgedKeys("the driver told keys that are not written in hex") from error

@@ -23,11 +23,11 @@ class LearningConfig(Settings):
     )
     ce_weight: float = Field(0.2, ge=0, description="weight of the cross entropy in the loss")
     dice_weight: float = Field(0.8, ge=0, description="weight of the Dice loss")
-    foreground_share: float = Field(
-        0.8,
+    empty_share: float = Field(
+        0.15,
         ge=0,
         le=1,
-        description="share of the slices of a batch that contain a structure; the rest is drawn from all",
+        description="share of the slices of a batch that hold no structure; all others show one",
     )
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm of a step; 0 leaves gradients alone")
     precision: Literal["auto", "fp32", "bf16"] = Field(

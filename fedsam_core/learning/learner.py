@@ -67,8 +67,7 @@ class Learner:
             lambda_ce=config.ce_weight,
         )
         foreground = dataset.foreground_slices()
-        self._foreground = np.flatnonzero(foreground)
-        self._every = np.arange(len(dataset))
+        self._foreground, self._empty = np.flatnonzero(foreground), np.flatnonzero(~foreground)
 
     def fit(self, state: Mapping[str, np.ndarray[Any, Any]], round_number: int, rounds: int, seed: int) -> Fit:
         """One round of local training from the global state.
@@ -131,17 +130,17 @@ class Learner:
         return float(loss.detach()), _overlap(logits.detach(), labels)
 
     def _draw_batches(self, rng: np.random.Generator) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """Slice indices of every step: without replacement until a pool is exhausted, then shuffled again."""
-        size, steps = min(self.config.batch_size, len(self._every)), self.config.local_steps
-        wanted = round(size * self.config.foreground_share) if len(self._foreground) else 0
-        foreground = _endless(self._foreground, wanted * steps, rng)
-        rest = _endless(self._every, (size - wanted) * steps, rng)
-        return [
-            np.concatenate(
-                [foreground[i * wanted : (i + 1) * wanted], rest[i * (size - wanted) : (i + 1) * (size - wanted)]]
-            )
-            for i in range(steps)
-        ]
+        """Slice indices of every step: `empty_share` of them without any structure, the others with one.
+
+        Both are drawn without replacement until a pool is exhausted, then shuffled again. A site that has slices of one
+        kind only fills its batches with them.
+        """
+        size, steps = min(self.config.batch_size, len(self.dataset)), self.config.local_steps
+        empty = round(size * self.config.empty_share) if len(self._foreground) else size
+        empty = empty if len(self._empty) else 0
+        shown = _endless(self._foreground, (size - empty) * steps, rng).reshape(steps, -1)
+        bare = _endless(self._empty, empty * steps, rng).reshape(steps, -1)
+        return list(np.concatenate([shown, bare], axis=1))
 
 
 def _overlap(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def test_what_is_wrong_at_a_site_reaches_the_driver_in_a_line(
     ray_cluster: tuple[str, ...], prepared: PreparedCohort
 ) -> None:
     specs = small_specs(prepared)
-    specs[1] = specs[1].model_copy(update={"cohort": prepared.root / "gone"})
+    specs[1] = specs[1].model_copy(update={"cohort": f"{prepared.url}/gone"})
     engine = ray_engine(specs)
     try:
         with pytest.raises(RoundError, match=r"site site-b cannot take part: .*gone: no prepared cohort here"):

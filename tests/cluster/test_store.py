@@ -8,8 +8,9 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from cluster.store import LocalStore, open_store
+from cluster.store import open_store
 from fedsam_core.errors import StoreError
+from fedsam_core.store import LocalStore
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -17,6 +17,7 @@ from fedsam_core.learning.config import LearningConfig
 from fedsam_core.sam.adapters import adapt, shared_state
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter
 from fedsam_core.selection import LayerSelection, preset
+from fedsam_core.store import LocalStore
 
 RUN, CONFIG_HASH, SEED = "test-run", "c" * 64, 3
 
@@ -25,7 +26,7 @@ def small_cohort(folder: Path, sites: int = 3) -> PreparedCohort:
     """Three cases a site, one of them for testing and, where there are enough, one for validation."""
     phantom = PhantomConfig(sites=sites, cases_per_site=5, test_per_site=1, shape=(10, 32, 32))
     config = CohortConfig(name="phantom", source="phantom", phantom=phantom)
-    return prepare(read_cohort(config, folder), PreprocessConfig(), folder / "prepared", None)
+    return prepare(read_cohort(config, folder), PreprocessConfig(), LocalStore(folder / "prepared"))
 
 
 def small_specs(prepared: PreparedCohort, selection: LayerSelection | None = None, **federation: Any) -> list[SiteSpec]:
@@ -37,7 +38,7 @@ def small_specs(prepared: PreparedCohort, selection: LayerSelection | None = Non
             sites=prepared.cohort.sites,
             seed=SEED,
             config_hash=CONFIG_HASH,
-            cohort=prepared.root,
+            cohort=prepared.url,
             model=ModelConfig(backbone="vit_t", image_size=32),
             selection=selection or preset("flap", 4),
             slices=SliceConfig(),

@@ -93,7 +93,7 @@ def test_nnunet_layout(decathlon: Path) -> None:
     assert (cohort.modality, cohort.classes) == ("mri", ("kidney", "tumour"))
     assert [case.id for case in cohort.cases[:2]] == ["a0", "a1"]
     shutil.copy(decathlon / "imagesTr/a0_0000.nii.gz", decathlon / "imagesTr/a0_0001.nii.gz")
-    refused(decathlon, "a0_0001.nii.gz", "second channel")
+    refused(decathlon, "a0_0001.nii.gz", "second channel", strict=True)
     (decathlon / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T2", "1": "ADC"}, "labels": {}}))
     refused(decathlon, "dataset.json", "2 channels (T2, ADC)")
 
@@ -124,7 +124,7 @@ def test_site_folders_with_a_table(site_folders: Path, tmp_path: Path) -> None:
     cohort = read(site_folders, sites_csv=table, **needs)
     assert [case.id for case in cohort.select("Y", "test")] == ["Y_Case00", "Y_Case01", "Y_Case02"]
     table.write_text("case,site,split\n" + "\n".join(rows[:-1]))
-    refused(site_folders, "Case09.nii", "no row", "Case09,Y,train", sites_csv=table, **needs)
+    refused(site_folders, "Case09.nii", "no row", "Case09,Y,train", sites_csv=table, strict=True, **needs)
 
 
 # Each spoils a good cohort in one way; the message must name the thing and say what to do.
@@ -232,11 +232,37 @@ FAULTS = {
 }
 
 
+# What is wrong with the cohort as a whole: nothing is left to go on with.
+OF_THE_WHOLE = {
+    "no column",
+    "site without training",
+    "no table",
+    "no description",
+    "broken description",
+    "gap in the classes",
+    "no folder of labels",
+}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_named_in_one_line(fault: str, decathlon: Path, save) -> None:
     spoil, words = FAULTS[fault]
     spoil(decathlon, save)
-    refused(decathlon, *words)
+    message = refused(decathlon, *words, strict=True)
+    if fault in OF_THE_WHOLE:
+        assert refused(decathlon, *words) == message
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - OF_THE_WHOLE))
+def test_a_bad_case_is_left_out_with_its_reason_and_the_rest_goes_on(fault: str, decathlon: Path, save) -> None:
+    spoil, words = FAULTS[fault]
+    spoil(decathlon, save)
+    cohort = read(decathlon)
+    left_out = [problem for problem in cohort.problems if problem.quarantined]
+    assert any(all(word in problem.reason for word in words) for problem in left_out), left_out
+    assert {problem.case for problem in left_out}.isdisjoint(case.id for case in cohort.cases)
+    assert 10 <= len(cohort.cases) <= 12
+    assert Cohort.model_validate_json(cohort.model_dump_json()).problems == cohort.problems
 
 
 def test_small_header_rounding_of_a_mask_is_no_fault(decathlon: Path, save) -> None:
@@ -260,12 +286,62 @@ def test_faults_of_folders(site_folders: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no scans found", "imagesTr")
     (site_folders / "notes").mkdir()
-    refused(site_folders, "notes", "without scans", **needs)
+    refused(site_folders, "notes", "without scans", strict=True, **needs)
     (site_folders / "notes").rmdir()
     (site_folders / "X/Case03_seg.nii.gz").unlink()
-    refused(site_folders, "X/Case03.nii.gz", "no mask", "Case03_seg.nii.gz", **needs)
+    refused(site_folders, "X/Case03.nii.gz", "no mask", "Case03_seg.nii.gz", strict=True, **needs)
 
 
 def test_nifti_needs_a_path() -> None:
     with pytest.raises(ValidationError, match="source nifti needs `path`"):
         CohortConfig(name="t", source="nifti")
+
+
+def test_a_scan_that_is_trained_on_and_tested_on_leaves_training(decathlon: Path, save) -> None:
+    """The same voxels, stored flipped, as int and uncompressed: files differ, the scan does not."""
+    scan = nib.load(decathlon / "imagesTr/b5.nii.gz")
+    voxels = np.rint(scan.get_fdata())
+    save(decathlon / "imagesTr/b5.nii.gz", voxels.astype(np.float32), scan.affine)
+    (decathlon / "imagesTr/a0.nii.gz").unlink()
+    flipped = scan.affine @ np.diag([-1.0, 1, 1, 1])
+    flipped[:3, 3] += scan.affine[:3, 0] * (scan.shape[0] - 1)
+    save(decathlon / "imagesTr/a0.nii", voxels[::-1].astype(np.int16), flipped)
+    save(
+        decathlon / "labelsTr/a0.nii.gz", np.asarray(nib.load(decathlon / "labelsTr/a0.nii.gz").dataobj)[::-1], flipped
+    )
+    cohort = read(decathlon)
+    (leak,) = [problem for problem in cohort.problems if problem.kind == "leakage"]
+    assert (leak.case, leak.quarantined) == ("a0", True)
+    assert "b5" in leak.reason
+    assert "b5" in {case.id for case in cohort.select(split="test")}
+    assert "a0" not in {case.id for case in cohort.cases}
+
+
+def test_structures_are_unions_where_the_cohort_says_so(decathlon: Path) -> None:
+    assert read(decathlon).structures == ((1,), (2,))
+    kits = read(decathlon, scored_as={"kidney": ("kidney", "tumour")})
+    assert kits.structures == ((1, 2), (2,))
+    assert kits.hash != read(decathlon).hash
+    refused(decathlon, "scored_as", "cyst", scored_as={"kidney": ("kidney", "cyst")})
+
+
+def test_sites_in_folders_of_their_own(site_folders: Path) -> None:
+    needs = {"classes": ("kidney", "tumour"), "modality": "ct"}
+    folders = {"X": site_folders / "X", "Y": site_folders / "Y"}
+    config = CohortConfig(name="t", sites=folders, **needs)
+    cohort = read_cohort(config, site_folders)
+    assert cohort.sites == ("X", "Y")
+    alone = read_cohort(config, site_folders, site="Y")
+    assert alone.cases == cohort.select("Y")
+    assert alone.share_hash("Y") == cohort.share_hash("Y")
+    (site_folders / "Y" / "splits.csv").write_text(
+        "case,split\n" + "\n".join(f"Case{i:02d},{'test' if i < 4 else 'train'}" for i in range(10))
+    )
+    assert len(read_cohort(config, site_folders).select("Y", "test")) == 4
+    for wrong, word in (
+        ({"sites": folders, "path": site_folders}, "leave out path"),
+        ({"sites": {"a.b": site_folders}}, "site name 'a.b'"),
+        ({"sites": {}}, "needs `path`"),
+    ):
+        with pytest.raises(ValidationError, match=word):
+            CohortConfig(name="t", **wrong, **needs)

@@ -12,6 +12,7 @@ from fedsam_core.data.cohort import Cohort, CohortConfig, read_cohort
 from fedsam_core.data.preprocess import PreprocessConfig, prepare
 from fedsam_core.data.sources.phantom import PhantomConfig, list_phantom, make_scan
 from fedsam_core.errors import DataError
+from fedsam_core.store import LocalStore
 
 SMALL = PhantomConfig(cases_per_site=3, test_per_site=1, shape=(24, 48, 48))
 
@@ -94,7 +95,7 @@ def test_sites_differ_as_scanners_do(cohort: Cohort) -> None:
 
 
 def test_prepared_phantom_is_upright_in_every_site(cohort: Cohort, tmp_path: Path) -> None:
-    prepared = prepare(cohort, PreprocessConfig(), tmp_path)
+    prepared = prepare(cohort, PreprocessConfig(), LocalStore(tmp_path))
     assert prepared.config.slice_axis == "axial"
     for case in cohort.cases:
         loaded = prepared.load(case.id)

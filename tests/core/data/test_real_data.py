@@ -9,6 +9,7 @@ import pytest
 from fedsam_core.data.cohort import Cohort, CohortConfig, read_cohort
 from fedsam_core.data.preprocess import PreprocessConfig, prepare
 from fedsam_core.data.slices import SliceConfig, SliceDataset
+from fedsam_core.store import LocalStore
 
 pytestmark = pytest.mark.real_data
 
@@ -30,7 +31,7 @@ def test_hippocampus_counts(real_data: Path, tmp_path: Path) -> None:
 def test_hippocampus_prepared(real_data: Path, tmp_path: Path) -> None:
     """Sites store intensities 0-255, 10^3 and 10^5: prepared, they are alike; masks come back voxel for voxel."""
     cohort = read_hippocampus(real_data, tmp_path)
-    prepared = prepare(cohort, PreprocessConfig(), tmp_path)
+    prepared = prepare(cohort, PreprocessConfig(), LocalStore(tmp_path))
     means: dict[str, list[float]] = {site: [] for site in cohort.sites}
     for case in cohort.cases:
         loaded = prepared.load(case.id)
@@ -67,7 +68,7 @@ def test_kits_masks_come_back_voxel_for_voxel(real_data: Path, tmp_path: Path, s
     assert [case.orientation for case in cohort.cases] == ["IPL", "IPL"]
 
     for config, least in ((PreprocessConfig(), 1.0), (PreprocessConfig(spacing=(None, 2.0, 2.0)), 0.97)):
-        prepared = prepare(cohort, config, tmp_path / "p")
+        prepared = prepare(cohort, config, LocalStore(tmp_path / "p"))
         assert prepared.config.slice_axis == "axial"
         for case in cohort.cases:
             loaded = prepared.load(case.id)

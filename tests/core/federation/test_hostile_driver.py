@@ -155,7 +155,7 @@ def small_run(prepared: PreparedCohort, selection: LayerSelection | None = NORMS
 
 def refused(caplog: pytest.LogCaptureFixture, site: str, what: str, name: type[SecureSumError]) -> bool:
     """Whether the site's own log says so, by name."""
-    lines = [one.getMessage() for one in caplog.records if one.name == "fedsam_core.federation.site"]
+    lines = [one.getMessage() for one in caplog.records if one.name == "fedsam_core.federation.summing"]
     return any(line.startswith(f"site {site} refused {what} (") and f"): {name.__name__}: " in line for line in lines)
 
 

@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -1008,7 +1009,7 @@ def test_the_record_names_no_case_when_a_site_is_lost(four: PreparedCohort) -> N
     specs = small_specs(four, selection=preset("lora", 1))
     federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
     case = four.cohort.select("site-b", "test")[0].id
-    (path,) = four.root.rglob(f"*{case}*")
+    (path,) = Path(four.url).rglob(f"*{case}*")
     data = path.read_bytes()
     path.unlink()
     federation.score(state, "test", 0)
