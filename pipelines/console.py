@@ -40,7 +40,7 @@ class Bars:
             if stage not in self._tasks:
                 self._tasks[stage] = self._progress.add_task(stage, total=total)
             self._progress.update(self._tasks[stage], completed=done, total=total)
-        elif stage not in self._tasks or done == total:
+        elif stage not in self._tasks or (done == total and self._tasks[stage] != total):
             self._tasks[stage] = done
             out.print(f"{stage}: {done} of {total}")
             sys.stdout.flush()

@@ -25,7 +25,7 @@ from fedsam_core.hashing import stable_hash
 from fedsam_core.store import OpenStore
 from pipelines import console
 from pipelines.config import Config
-from pipelines.stage import STRICT, Stage
+from pipelines.stage import Stage
 
 
 def engine_session(config: Config) -> AbstractContextManager[None]:
@@ -157,7 +157,7 @@ def show(prepared: PreparedSites, location: str) -> None:
     console.out.print(f"prepared in {location}")
 
 
-STAGE = Stage("prepare", __doc__ or "", run, (STRICT,))
+STAGE = Stage("prepare", __doc__ or "", run)
 
 if __name__ == "__main__":
     STAGE.main()

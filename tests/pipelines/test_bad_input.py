@@ -43,26 +43,36 @@ def spoil_label(cohort: Path, case: str, change: Callable[[np.ndarray], np.ndarr
 def test_a_truncated_scan(stage: Stage, cohort_folder: Path, tmp_path: Path) -> None:
     path = cohort_folder / "imagesTr" / "south_2.nii.gz"
     path.write_bytes(path.read_bytes()[:-400])
-    refused(stage("prepare"), str(path), "again")
+    refused(stage("prepare", "--strict"), str(path), "again")
     nothing_written(tmp_path / "work")
+
+
+def test_a_bad_scan_is_left_out_and_said_so(stage: Stage, cohort_folder: Path) -> None:
+    path = cohort_folder / "imagesTr" / "south_2.nii.gz"
+    path.write_bytes(path.read_bytes()[:-400])
+    ended = stage("prepare")
+    assert ended.status == 0
+    assert "17 cases" in ended.out
+    said = " ".join(ended.out.split())
+    assert f"left out: south_2: {path}: truncated or not a NIfTI file; copy or download it again" in said
 
 
 @pytest.mark.parametrize("length", [0, 200])
 def test_a_scan_that_ends_in_its_header(stage: Stage, cohort_folder: Path, length: int) -> None:
     path = cohort_folder / "imagesTr" / "south_2.nii.gz"
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:length]))
-    refused(stage("prepare"), str(path))
+    refused(stage("prepare", "--strict"), str(path))
 
 
 def test_a_mask_of_another_shape(stage: Stage, cohort_folder: Path, tmp_path: Path) -> None:
     spoil_label(cohort_folder, "west_1", lambda label: label[:, :, :-1])
-    refused(stage("prepare"), "west_1.nii.gz", "(20, 22, 5)", "(20, 22, 6)")
+    refused(stage("prepare", "--strict"), "west_1.nii.gz", "(20, 22, 5)", "(20, 22, 6)")
     nothing_written(tmp_path / "work")
 
 
 def test_a_label_beyond_the_classes(stage: Stage, cohort_folder: Path, tmp_path: Path) -> None:
     spoil_label(cohort_folder, "north_0", lambda label: np.where(label == 2, 7, label).astype(np.uint8))
-    refused(stage("prepare"), "north_0.nii.gz", "7")
+    refused(stage("prepare", "cohort.strict=true"), "north_0.nii.gz", "7")
     nothing_written(tmp_path / "work")
 
 
