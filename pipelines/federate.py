@@ -40,6 +40,8 @@ def run(config: Config) -> None:
     check(config)
     with engine_session(config), console.Bars() as bars:
         cohort = prepare_sites(config, bars)
+        if left_out := sum(problem.quarantined for problem in cohort.described.problems):
+            console.out.print(f"{left_out} cases were left out: `fedsam prepare` with the same settings says why")
         outcome = federate(config, cohort, partial(_print, bars))
     show(outcome)
 
@@ -79,6 +81,7 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
         for site in cohort.sites:
             roster.key(site)  # a site that it does not list is an error now, not when all models are loaded
     # The driver is told names and hashes; which cases there are, and how many slices, stays with the sites.
+    cohort = replace(cohort, described=cohort.described.model_copy(update={"problems": ()}))
     if config.engine.kind == "in-process":
         return run_federation(config, cohort, lambda specs: in_process(specs, _site_factory(config)), emit)
     preflight(cohort.sites, cluster_nodes(), config.engine.site)
