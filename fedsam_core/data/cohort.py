@@ -13,8 +13,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from fedsam_core.data.files import write_atomic
+from fedsam_core.data.findings import find_clipped, find_duplicates
 from fedsam_core.data.scans import ScanFacts, inspect_scan
 from fedsam_core.data.sources import CaseFiles, Listing, Modality, Problem, ProblemKind, Split
+from fedsam_core.data.sources.layouts import list_source
+from fedsam_core.data.sources.nifti import list_site
 from fedsam_core.data.sources.phantom import PhantomConfig, list_phantom
 from fedsam_core.errors import DataError, UnfitMask, UnfitScan, UnreadableScan
 from fedsam_core.hashing import derive_seed, stable_hash
@@ -177,9 +180,6 @@ def list_cohort(
     Raises:
         DataError: the layout makes no sense as a whole, or classes or modality are nowhere said.
     """
-    from fedsam_core.data.sources.layouts import list_source
-    from fedsam_core.data.sources.nifti import list_site
-
     if config.source == "phantom":
         listing = list_phantom(config.phantom, work_dir, progress)
     elif config.sites is not None:
@@ -258,8 +258,6 @@ def read_cohort(
             _stop_if(config.strict, problems)
         if progress is not None:
             progress("read", done, len(files))
-    from fedsam_core.data.findings import find_clipped, find_duplicates
-
     problems += find_duplicates(cases)
     if config.source == "prostate":
         problems += find_clipped(cases)

@@ -147,7 +147,7 @@ def content_hash(volume: Volume) -> str:
     voxels = apply_orientation(volume.voxels, turn)
     digest = hashlib.sha256(str(voxels.shape).encode())
     for z in range(voxels.shape[2]):
-        digest.update(voxels[:, :, z].tobytes(order="F"))
+        digest.update((voxels[:, :, z] + 0).tobytes(order="F"))  # -0.0 becomes 0.0
     return digest.hexdigest()
 
 

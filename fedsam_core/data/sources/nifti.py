@@ -7,40 +7,47 @@ Decathlon and nnU-Net, recognised by `imagesTr`; the table says whose the cases 
     PATH/labelsTr/CASE.nii.gz
     PATH/sites.csv                                       case,site,split
 
-Folder per site, each site in either form; a case is known as SITE_CASE, so that sites may number their cases alike:
+Folder per site, each site in any of these forms; a case is known as SITE_CASE, so that sites may number their cases
+alike:
 
     PATH/SITE/CASE.nii.gz or CASE_image.nii.gz           with CASE_seg, _label, _mask or _segmentation.nii.gz
     PATH/SITE/images/CASE.nii.gz                         with labels/CASE.nii.gz
-    PATH/sites.csv                                       optional; without it the splits are drawn
+    PATH/SITE/imagesTr/CASE.nii.gz                       with labelsTr/CASE.nii.gz, as above; dataset.json optional
+    PATH/sites.csv                                       optional: case,site,split; or case,split in SITE/splits.csv;
+                                                         without them the splits are drawn
 
-Names that begin with a dot (such as the `._*` files of macOS) are not scans. `.nii` serves as well as `.nii.gz`.
+In place of a scan's file there may be a folder CASE with its DICOM series, in place of a mask's a DICOM segmentation
+(CASE_seg.dcm and so on). Names that begin with a dot (such as the `._*` files of macOS) are not scans. `.nii` serves as
+well as `.nii.gz`.
+
+A fault of one case leaves that case out, with a problem in the listing that says why.
 """
 
-import csv
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fedsam_core.data.sources import SPLITS, CaseFiles, Listing, Modality, Split
+from fedsam_core.data.dicom import is_series
+from fedsam_core.data.sources import CaseFiles, Listing, Modality
+from fedsam_core.data.sources.tables import (
+    EXAMPLE,
+    Faults,
+    Pair,
+    bad_name,
+    is_name,
+    read_table,
+    share_out,
+)
 from fedsam_core.errors import DataError
 
 _LABEL_SUFFIX = re.compile(r"_(seg|label|mask|segmentation)$", re.IGNORECASE)
 _IMAGE_SUFFIX = re.compile(r"_image$", re.IGNORECASE)
-_NAME = re.compile(r"^\w[\w.-]*$")  # a case or site names files and folders later
-_EXAMPLE = "case,site,split on the first line, then rows such as {case},site-a,train"
+_CHANNEL = re.compile(r"_\d{4}$")
+_NOTHING = re.compile(r"$^")
 
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of sites.csv."""
-
-    line: int
-    case: str
-    site: str
-    split: Split
+_File = tuple[str, Path]  # name without extension, path
 
 
 def list_nifti(path: Path, sites_csv: Path | None = None) -> Listing:
@@ -51,8 +58,7 @@ def list_nifti(path: Path, sites_csv: Path | None = None) -> Listing:
         sites_csv: the table; None takes `path/sites.csv` if it is there.
 
     Raises:
-        DataError: for a layout that is not one of these, a scan without mask or mask without scan, a row without
-            scan or scan without row, a case twice, an unknown split.
+        DataError: the folder is in none of these layouts, or a table or description that it needs is missing or broken.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; set cohort.path to the folder that holds the scans")
@@ -63,161 +69,189 @@ def list_nifti(path: Path, sites_csv: Path | None = None) -> Listing:
     return _list_site_folders(path, sites_csv)
 
 
+def list_site(site: str, path: Path, table: Path | None = None) -> Listing:
+    """List the cases of one site from its own folder, which is in one of the forms of a site's folder above.
+
+    Args:
+        table: case,split; None takes `path/splits.csv` if it is there, else the splits are drawn.
+
+    Raises:
+        DataError: the site's name cannot serve, the folder holds no scans, or a table or description is broken.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; give the folder that holds the scans of site {site}")
+    if not is_name(site):
+        raise DataError(bad_name(site, path))
+    faults = Faults(by_site=True)
+    pairs = _pair_up(path, site, faults)
+    cases = _own_split(path, site, pairs, table, faults)
+    return _listing(path, cases, faults)
+
+
 def _list_decathlon(path: Path, sites_csv: Path | None) -> Listing:
     description = _read_description(path / "dataset.json")
-    images = _scans(path / "imagesTr")
-    if "channel_names" in description or (images and all(re.search(r"_\d{4}$", name) for name in images)):
-        images = _strip_channel(images)
-    labels = _scans(path / "labelsTr")
-    _match(images, labels, f"labelsTr/{{}}.nii.gz beside {path / 'imagesTr'}")
-    if not images:
+    faults = Faults()
+    pairs = _pair_decathlon(path, "", description, faults)
+    if not pairs and not faults.problems:
         raise DataError(f"{path / 'imagesTr'}: no .nii.gz file in it; copy the scans there")
     if sites_csv is None:
-        example = _EXAMPLE.format(case=next(iter(images)))
+        example = EXAMPLE.format(case=pairs[0].case if pairs else "CASE")
         raise DataError(f"{path}: no sites.csv, so nothing says which site holds which case; write one with {example}")
-
-    rows = _read_rows(sites_csv)
-    by_case: dict[str, _Row] = {}
-    for row in rows:
-        if row.case in by_case:
-            raise DataError(f"{sites_csv}, line {row.line}: case {row.case} is listed twice; keep one row a case")
-        if row.case not in images:
-            raise DataError(
-                f"{sites_csv}, line {row.line}: case {row.case} has no scan in {path / 'imagesTr'}; "
-                "add the scan or delete the row"
-            )
-        by_case[row.case] = row
-    for name, image in images.items():
-        if name not in by_case:
-            raise DataError(
-                f"{image}: no row in {sites_csv}; add one, such as {name},site-a,train, or move the scan away"
-            )
-    cases = tuple(
-        CaseFiles(name, by_case[name].site, by_case[name].split, image, labels[name]) for name, image in images.items()
-    )
-    return Listing(cases, _classes(description, path / "dataset.json"), _modality(description))
+    table = read_table(sites_csv, faults)
+    cases = share_out(pairs, table, faults, lambda row: path / "imagesTr")
+    faults.name_sites(table.rows.values())
+    return _listing(path, cases, faults)
 
 
 def _list_site_folders(path: Path, sites_csv: Path | None) -> Listing:
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    pairs = {(f.name, case): files for f in folders for case, files in _list_site(f).items()}
-    if not pairs:
+    faults = Faults(by_site=True)
+    pairs: list[Pair] = []
+    cases: list[CaseFiles] = []
+    for folder in sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")):
+        site = folder.name
+        try:
+            if not is_name(site):
+                raise DataError(bad_name(site, folder))
+            found = _pair_up(folder, site, faults)
+            if sites_csv is None:
+                cases += _own_split(folder, site, found, None, faults)
+            pairs += found
+        except DataError as error:  # a fault of the site, not of the others
+            faults.leave_out("", str(error), site)
+    if not pairs and not any(problem.case for problem in faults.problems):
         raise DataError(
             f"{path}: no scans found; expected imagesTr and labelsTr (Decathlon, nnU-Net) or a folder a site with "
             "CASE.nii.gz and CASE_seg.nii.gz in it"
         )
-    splits: dict[tuple[str, str], Split] = {}
     if sites_csv is not None:
-        for row in _read_rows(sites_csv):
-            key = (row.site, row.case)
-            if key in splits:
-                raise DataError(
-                    f"{sites_csv}, line {row.line}: case {row.case} of {row.site} is listed twice; keep one row"
-                )
-            if key not in pairs:
-                raise DataError(
-                    f"{sites_csv}, line {row.line}: no scan {row.case} in {path / row.site}; "
-                    "add the scan or delete the row"
-                )
-            splits[key] = row.split
-        for (site, case), (image, _) in pairs.items():
-            if (site, case) not in splits:
-                raise DataError(
-                    f"{image}: no row in {sites_csv}; add one, such as {case},{site},train, or move the scan away"
-                )
-    cases = tuple(
-        CaseFiles(f"{site}_{case}", site, splits.get((site, case)), image, label)
-        for (site, case), (image, label) in pairs.items()
-    )
-    clash = _first_repeated(files.id for files in cases)
-    if clash is not None:
-        raise DataError(f"{path}: two cases would both be called {clash}; rename one of the files")
+        cases = share_out(pairs, read_table(sites_csv, faults), faults, lambda row: path / row.site)
+    names = Counter(files.id for files in cases)
+    for name in (name for name, count in names.items() if count > 1):
+        faults.leave_out(name, f"{path}: two cases would both be called {name}; rename one of the files")
+    return _listing(path, [files for files in cases if names[files.id] == 1], faults)
+
+
+def _listing(path: Path, cases: list[CaseFiles], faults: Faults) -> Listing:
     description = _read_description(path / "dataset.json") if (path / "dataset.json").is_file() else {}
-    return Listing(cases, _classes(description, path / "dataset.json"), _modality(description))
+    classes = _classes(description, path / "dataset.json")
+    return Listing(tuple(cases), classes, _modality(description), problems=tuple(faults.problems))
 
 
-def _list_site(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Scan and mask of every case of one site."""
-    if (folder / "images").is_dir():
-        images, labels = _scans(folder / "images"), _scans(folder / "labels")
-        _match(images, labels, f"{folder / 'labels'}/{{}}.nii.gz")
+def _own_split(folder: Path, site: str, pairs: list[Pair], table: Path | None, faults: Faults) -> list[CaseFiles]:
+    """Cases of one site, by its own table; without one nothing is said of their splits."""
+    if table is None and (folder / "splits.csv").is_file():
+        table = folder / "splits.csv"
+    if table is not None:
+        return share_out(pairs, read_table(table, faults, site), faults, lambda row: folder)
+    return [
+        CaseFiles(faults.id(site, pair.case), site, None, pair.image, pair.label)
+        for pair in pairs
+        if not faults.has(site, pair.case)
+    ]
+
+
+def _pair_up(folder: Path, site: str, faults: Faults) -> list[Pair]:
+    """Scan and mask of every case of one site.
+
+    Raises:
+        DataError: of the folder as a whole: no scans, no folder of masks, a description that is broken.
+    """
+    before = len(faults.problems)
+    if (folder / "imagesTr").is_dir():
+        description = _read_description(folder / "dataset.json") if (folder / "dataset.json").is_file() else {}
+        pairs = _pair_decathlon(folder, site, description, faults)
+    elif (folder / "images").is_dir():
+        images = _name(_files(folder / "images", site, faults)[0], _NOTHING, site, faults)
+        labels = _name(_files(folder / "labels", site, faults)[1], _NOTHING, site, faults)
+        pairs = _match(images, labels, site, f"{folder / 'labels'}/{{}}.nii.gz", faults)
     else:
-        files = _scans(folder)
-        images = _rename(((n, p) for n, p in files.items() if not _LABEL_SUFFIX.search(n)), _IMAGE_SUFFIX)
-        labels = _rename(((n, p) for n, p in files.items() if _LABEL_SUFFIX.search(n)), _LABEL_SUFFIX)
-        _match(images, labels, f"{folder}/{{}}_seg.nii.gz")
-    if not images:
+        scans, masks = _files(folder, site, faults)
+        images = _name([(n, file) for n, file in scans if not _LABEL_SUFFIX.search(n)], _IMAGE_SUFFIX, site, faults)
+        labels = _name([(n, file) for n, file in masks if _LABEL_SUFFIX.search(n)], _LABEL_SUFFIX, site, faults)
+        pairs = _match(images, labels, site, f"{folder}/{{}}_seg.nii.gz", faults)
+    if not pairs and len(faults.problems) == before:
+        if is_series(folder):
+            raise DataError(
+                f"{folder}: a DICOM series directly in a site's folder; put each series into a folder of its own, "
+                "named after the case, with CASE_seg.nii.gz or CASE_seg.dcm beside it"
+            )
         raise DataError(
             f"{folder}: a site's folder without scans; put CASE.nii.gz and CASE_seg.nii.gz in it or move it away"
         )
-    _check_name(folder.name, folder)
-    return {name: (image, labels[name]) for name, image in images.items()}
+    return pairs
 
 
-def _scans(folder: Path) -> dict[str, Path]:
-    """NIfTI files of a folder by name without extension, sorted. Raises DataError for X.nii beside X.nii.gz."""
+def _pair_decathlon(folder: Path, site: str, description: dict[str, Any], faults: Faults) -> list[Pair]:
+    """Scan and mask of every case in imagesTr and labelsTr."""
+    scans = _files(folder / "imagesTr", site, faults)[0]
+    suffix = _NOTHING
+    if "channel_names" in description or (scans and all(_CHANNEL.search(name) for name, _ in scans)):
+        scans, suffix = _first_channel(scans, site, faults), _CHANNEL
+    images = _name(scans, suffix, site, faults)
+    labels = _name(_files(folder / "labelsTr", site, faults)[1], _NOTHING, site, faults)
+    return _match(images, labels, site, f"labelsTr/{{}}.nii.gz beside {folder / 'imagesTr'}", faults)
+
+
+def _files(folder: Path, site: str, faults: Faults) -> tuple[list[_File], list[_File]]:
+    """What in a folder may be a scan (NIfTI, folder of a DICOM series), and what a mask (NIfTI, .dcm), sorted."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; the layout needs it beside the scans")
-    found: list[tuple[str, Path]] = []
+    scans: list[_File] = []
+    masks: list[_File] = []
     for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or not file.name.endswith((".nii", ".nii.gz")):
+        if file.name.startswith("."):
             continue
-        found.append((re.sub(r"\.nii(\.gz)?$", "", file.name), file))
-    return _rename(found, re.compile("$^"))
+        if file.is_dir():
+            try:
+                scans += [(file.name, file)] if is_series(file) else []
+            except DataError as error:
+                faults.leave_out(file.name, str(error), site, "unreadable")
+        elif file.name.endswith((".nii", ".nii.gz")):
+            named = (re.sub(r"\.nii(\.gz)?$", "", file.name), file)
+            scans.append(named)
+            masks.append(named)
+        elif file.name.endswith(".dcm"):
+            masks.append((file.stem, file))
+    return scans, masks
 
 
-def _rename(files: Iterable[tuple[str, Path]], suffix: re.Pattern[str]) -> dict[str, Path]:
-    """Names without `suffix`. Raises DataError if two files then name the same case."""
+def _first_channel(scans: list[_File], site: str, faults: Faults) -> list[_File]:
+    """nnU-Net's CASE_0000 only. A second channel or a name without channel is a fault of the case."""
+    for name, path in scans:
+        if not _CHANNEL.search(name):
+            faults.leave_out(name, f"{path}: nnU-Net names its scans CASE_0000.nii.gz; rename the file", site)
+        elif not name.endswith("_0000"):
+            reason = f"{path}: a second channel; only single-channel scans are read: keep the _0000 files"
+            faults.leave_out(_CHANNEL.sub("", name), reason, site)
+    return [(name, path) for name, path in scans if name.endswith("_0000")]
+
+
+def _name(files: list[_File], suffix: re.Pattern[str], site: str, faults: Faults) -> dict[str, Path]:
+    """Files by their case, which is their name without `suffix`. Two of the same case are a fault of the case."""
     named: dict[str, Path] = {}
     for name, path in files:
         case = suffix.sub("", name)
-        _check_name(case, path)
-        if case in named:
-            raise DataError(f"{path}: case {case} is there twice, also as {named[case].name}; keep one of them")
-        named[case] = path
+        if not is_name(case):
+            faults.leave_out(case, bad_name(case, path), site)
+        elif case in named:
+            reason = f"{path}: case {case} is there twice, also as {named[case].name}; keep one of them"
+            faults.leave_out(case, reason, site)
+        else:
+            named[case] = path
     return named
 
 
-def _strip_channel(images: dict[str, Path]) -> dict[str, Path]:
-    """nnU-Net's CASE_0000 -> CASE. Raises DataError for a second channel or a name without channel."""
-    for name, path in images.items():
-        if re.search(r"_\d{4}$", name) and not name.endswith("_0000"):
-            raise DataError(f"{path}: a second channel; only single-channel scans are read: keep the _0000 files")
-        if not name.endswith("_0000"):
-            raise DataError(f"{path}: nnU-Net names its scans CASE_0000.nii.gz; rename the file")
-    return _rename(images.items(), re.compile(r"_0000$"))
-
-
-def _match(images: dict[str, Path], labels: dict[str, Path], expected: str) -> None:
+def _match(images: dict[str, Path], labels: dict[str, Path], site: str, expected: str, faults: Faults) -> list[Pair]:
+    """Scans with their masks. One without the other is a fault of the case."""
     for name, path in images.items():
         if name not in labels:
-            raise DataError(f"{path}: no mask; expected {expected.format(name)}, add it or move the scan away")
+            reason = f"{path}: no mask; expected {expected.format(name)}, add it or move the scan away"
+            faults.leave_out(name, reason, site)
     for name, path in labels.items():
         if name not in images:
-            raise DataError(f"{path}: a mask without its scan; add the scan or move the mask away")
-
-
-def _read_rows(table: Path) -> list[_Row]:
-    try:
-        text = table.read_text(encoding="utf-8-sig")  # spreadsheets like to begin with a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{table}: cannot read the table of sites as UTF-8 text; check cohort.sites_csv") from error
-    lines = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    missing = [name for name in ("case", "site", "split") if name not in (lines.fieldnames or ())]
-    if missing:
-        example = _EXAMPLE.format(case="CASE")
-        raise DataError(f"{table}: no column {', '.join(missing)}; write {example}")
-    rows = []
-    for line in lines:
-        where = f"{table}, line {lines.line_num}"
-        case, site, split = ((line[name] or "").strip() for name in ("case", "site", "split"))
-        known: dict[str, Split] = {word: word for word in SPLITS}
-        if split not in known:
-            raise DataError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}; mend the row")
-        _check_name(case, where)
-        _check_name(site, where)
-        rows.append(_Row(lines.line_num, case, site, known[split]))
-    return rows
+            reason = f"{path}: a mask without its scan; add the scan or move the mask away"
+            faults.leave_out(name, reason, site)
+    return [Pair(name, site, image, labels[name]) for name, image in images.items() if name in labels]
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -268,19 +302,3 @@ def _modality(description: dict[str, Any]) -> Modality | None:
     if word.startswith("ct"):
         return "ct"
     return "mri" if re.match(r"mr|t1|t2|flair|pd|adc|dwi", word) else None
-
-
-def _check_name(name: str, where: Path | str) -> None:
-    if not _NAME.match(name):
-        raise DataError(
-            f"{where}: name {name!r}; cases and sites may have letters, digits, dot, dash and underscore only"
-        )
-
-
-def _first_repeated(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None

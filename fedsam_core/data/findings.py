@@ -1,0 +1,106 @@
+"""What only shows when cases are compared: the same scan twice, training on what is tested on, a clipped release.
+
+Pure functions over cases that were opened before; `fedsam_core.data.cohort.Case` is one.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from fedsam_core.data.sources import Problem, Split
+from fedsam_core.data.sources.tables import some
+
+_RANK: dict[Split | None, int] = {None: 0, "train": 1, "val": 2, "test": 3}
+
+
+class Opened(Protocol):
+    """A case whose files were read. `split` is None where it is yet to be drawn."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def site(self) -> str: ...
+    @property
+    def split(self) -> Split | None: ...
+    @property
+    def content(self) -> str: ...  # SHA-256 of the scan's voxels
+    @property
+    def label_content(self) -> str: ...  # the same of the mask; empty where nothing is labelled
+    @property
+    def labelled_slices(self) -> tuple[int, int]: ...  # slices with a label, and all slices
+
+
+def find_duplicates(cases: Iterable[Opened]) -> list[Problem]:
+    """The same scan under several names, and the same mask on several scans.
+
+    Of a scan that serves for several splits, the copies outside the strictest one (test, then val) are quarantined:
+    whoever has trained on a scan must not be scored on it. Other copies are a warning, one a copy; so is a mask that
+    several scans share, one for all of them.
+    """
+    cases = list(cases)
+    problems = []
+    for copies in _groups((case.content, case) for case in cases):
+        kept = max(copies, key=lambda case: _RANK[case.split])  # the first of its split
+        for copy in copies:
+            if copy is kept:
+                continue
+            same = f"{copy.id}: voxel for voxel the same scan as {kept.id} of site {kept.site}"
+            if copy.split != kept.split:
+                reason = (
+                    f"{same}, but that is a {kept.split} case and this would be {_serves(copy.split)}; left out, so "
+                    "that no model is scored on what it has seen: delete one of them or put both into one split"
+                )
+                problems.append(_about(copy, reason, leak=True))
+            elif copy.split is None:
+                reason = f"{same}, and the drawn split may train on one and test on the other; keep one of them"
+                problems.append(_about(copy, reason))
+            else:
+                problems.append(_about(copy, f"{same}, both {copy.split} cases, so it counts twice; keep one of them"))
+    for sharing in _groups((case.label_content, case) for case in cases):
+        if len({case.content for case in sharing}) < 2:
+            continue  # the same scan twice has the same mask, and was said above
+        reason = (
+            f"{some([case.id for case in sharing])}: different scans with voxel for voxel the same mask; a mask copied "
+            "to a wrong name, or several scans of one patient, who belongs into one split?"
+        )
+        problems.append(_about(sharing[0], reason))
+    return problems
+
+
+def find_clipped(cases: Iterable[Opened]) -> list[Problem]:
+    """Sites whose scans were cut to the slices that show the organ, as one release of the prostate data set was.
+
+    A site is warned of where at least half of its cases have a label in every slice.
+    """
+    problems = []
+    by_site: dict[str, list[Opened]] = {}
+    for case in cases:
+        by_site.setdefault(case.site, []).append(case)
+    for site, members in by_site.items():
+        clipped = [case.id for case in members if 0 < case.labelled_slices[1] == case.labelled_slices[0]]
+        if 2 * len(clipped) >= len(members):
+            reason = (
+                f"site {site}: {len(clipped)} of {len(members)} cases have a label in every slice "
+                f"({', '.join(clipped)}): the clipped release, which inflates Dice; use the raw one, or say so beside "
+                "every score"
+            )
+            problems.append(Problem(kind="release", site=site, reason=reason, quarantined=False))
+    return problems
+
+
+def _groups(keyed: Iterable[tuple[str, Opened]]) -> list[Sequence[Opened]]:
+    """Cases that share a key, in their order; an empty key is shared by nobody."""
+    groups: dict[str, list[Opened]] = {}
+    for key, case in keyed:
+        if key:
+            groups.setdefault(key, []).append(case)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _about(case: Opened, reason: str, leak: bool = False) -> Problem:
+    return Problem(
+        kind="leakage" if leak else "duplicate", case=case.id, site=case.site, reason=reason, quarantined=leak
+    )
+
+
+def _serves(split: Split | None) -> str:
+    return "of a split yet to be drawn" if split is None else f"a {split} case"
