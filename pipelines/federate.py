@@ -1,6 +1,7 @@
 """Stage `federate`: sites train adapter layers in rounds; only the masked sum of their updates is ever opened."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
