@@ -1,9 +1,11 @@
 """Stage `prepare`: every site reads and checks its scans, and stores its share ready for training.
 
-On Ray a site's scans are read on its own node, several at once. Shares lie in `storage.prepared`, a folder or
-`s3://bucket/prefix`; an interrupted preparation goes on where it was, and one that is up to date does nothing.
+On Ray a site's scans are read on its own node, several at once; a few small ones on this machine are read here. Shares
+lie in `storage.prepared`, a folder or `s3://bucket/prefix`; an interrupted preparation goes on where it was, and one
+that is up to date does nothing.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -18,19 +20,41 @@ from cluster.site import create_sites
 from cluster.store import open_store
 from fedsam_core.data.cohort import Progress, list_cohort
 from fedsam_core.data.preprocess import PreparedCohort
-from fedsam_core.errors import DataError
+from fedsam_core.errors import DataError, FedsamError
 from fedsam_core.federation.engine import Engine, in_process
-from fedsam_core.federation.preparation import CohortSite, CohortSpec, PreparedSites, prepare_shares
+from fedsam_core.federation.preparation import (
+    CohortSite,
+    CohortSpec,
+    PreparedSites,
+    prepare_shares,
+    prepared_before,
+)
 from fedsam_core.hashing import stable_hash
 from fedsam_core.store import OpenStore
 from pipelines import console
 from pipelines.config import Config
 from pipelines.stage import Stage
 
+RAY_ADDRESS = "RAY_ADDRESS"  # set in a job: work is done on the cluster, however little it is
+SMALL_BYTES = 256 * 2**20
+
 
 def engine_session(config: Config) -> AbstractContextManager[None]:
     """What the configured engine needs around it: a connection to Ray, or nothing."""
     return ray_session() if config.engine.kind == "ray" else nullcontext()
+
+
+def is_small(config: Config) -> bool:
+    """Whether all scans are here, and so few that starting processes for them on this machine would take longer."""
+    if RAY_ADDRESS in os.environ:
+        return False
+    try:
+        listing = list_cohort(config.cohort, config.work_dir)
+    except FedsamError:
+        return False
+    paths = (files.image for files in listing.cases)
+    files = (file for path in paths for file in (path.iterdir() if path.is_dir() else [path]))
+    return sum(file.stat().st_size for file in files) < SMALL_BYTES
 
 
 def store_opener(config: Config) -> OpenStore:
@@ -72,6 +96,8 @@ def prepare_sites(config: Config, progress: Progress | None = None) -> PreparedS
         store_opener(config)(location).check()  # before hours are spent on what cannot be kept
     sites = site_names(config, progress)
     specs = cohort_specs(config, sites, location)
+    if (before := prepared_before([CohortSite(spec, store_opener(config)) for spec in specs])) is not None:
+        return before
     with _engine(config, sites, specs) as engine:
         return prepare_shares(engine, specs, progress)
 
@@ -108,7 +134,7 @@ def cohort_specs(config: Config, sites: Sequence[str], location: str) -> list[Co
 def _engine(config: Config, sites: Sequence[str], specs: Sequence[CohortSpec]) -> Iterator[Engine]:
     factory: Any = partial(CohortSite, open_store=store_opener(config))
     engine: Engine
-    if config.engine.kind == "in-process":
+    if config.engine.kind == "in-process" or is_small(config):
         engine = in_process(specs, factory)
     else:
         # The actors only wait for their tasks, which book the CPUs.
@@ -124,7 +150,7 @@ def _engine(config: Config, sites: Sequence[str], specs: Sequence[CohortSpec]) -
 
 def run(config: Config) -> None:
     """Prepares the cohort and prints what is in it."""
-    with engine_session(config), console.Bars() as bars:
+    with nullcontext() if is_small(config) else engine_session(config), console.Bars() as bars:
         prepared = prepare_sites(config, bars)
     show(prepared, prepared_location(config))
 

@@ -19,7 +19,7 @@ from fedsam_core.data.cohort import Cohort, CohortConfig, Each, Progress, cohort
 from fedsam_core.data.preprocess import MANIFEST, PreparedCohort, PreprocessConfig, prepare
 from fedsam_core.data.sources import Listing, Modality
 from fedsam_core.data.survey import BINS, PLANES, Survey, take_survey
-from fedsam_core.errors import ConfigError, DataError, RoundError
+from fedsam_core.errors import ConfigError, DataError, FedsamError, RoundError
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.lanes import Task
 from fedsam_core.federation.ledger import Ledger
@@ -92,7 +92,7 @@ class PreparedSites:
 class CohortSite(SummingSite):
     """A site's share of a cohort.
 
-    First `read`; where the cohort has something to settle `count` and a sum of `survey`; then `prepare`, and `describe`.
+    First `read`; where the cohort has something to settle `count` and a sum of `survey`; then `prepare`; `describe`.
     `read`, `count` and `prepare` only begin their work, which goes on while `advance` waits for it.
     """
 
@@ -110,6 +110,28 @@ class CohortSite(SummingSite):
         self._cohort: Cohort | None = None
         self._counts: Survey | None = None
         self._prepared: PreparedCohort | None = None
+
+    def look(self) -> bool:
+        """Whether this site's share is there and nothing has changed since: file names, sizes and times, no scan.
+
+        Raises:
+            DataError: the layout makes no sense as a whole.
+        """
+        spec = self.spec
+        listing = list_cohort(spec.cohort, spec.work_dir, self._note, spec.site)
+        how = [spec.cohort.model_dump(mode="json"), spec.preprocess.model_dump(mode="json"), spec.sites]
+        self._made_from = stable_hash([_fingerprint(listing), how])
+        store = self._open_store(spec.store)
+        if not store.exists(MANIFEST):
+            return False
+        try:
+            there = PreparedCohort.open(store)
+        except DataError:
+            return False  # of an older version, or damaged: made anew
+        if there.made_from != self._made_from or not there.is_complete():
+            return False
+        self._prepared, self._cohort = there, there.cohort
+        return True
 
     def read(self) -> None:
         """Begins to open this site's scans, unless its share is there already and nothing has changed since."""
@@ -221,20 +243,9 @@ class CohortSite(SummingSite):
             raise InterruptedError(f"site {self.spec.site} was told to stop")
 
     def _read(self) -> None:
-        spec = self.spec
-        listing = list_cohort(spec.cohort, spec.work_dir, self._note, spec.site)
-        how = [spec.cohort.model_dump(mode="json"), spec.preprocess.model_dump(mode="json"), spec.sites]
-        self._made_from = stable_hash([_fingerprint(listing), how])
-        store = self._open_store(spec.store)
-        if store.exists(MANIFEST):
-            try:
-                there = PreparedCohort.open(store)
-            except DataError:
-                there = None  # of an older version, or damaged: made anew
-            if there is not None and there.made_from == self._made_from and there.is_complete():
-                self._prepared, self._cohort = there, there.cohort
-                return
-        self._cohort = read_cohort(spec.cohort, spec.work_dir, self._note, spec.site, self._each)
+        if not self.look():
+            spec = self.spec
+            self._cohort = read_cohort(spec.cohort, spec.work_dir, self._note, spec.site, self._each)
 
     def _lanes(self, task: Task) -> VectorLayout:
         if task != TASK:
@@ -274,6 +285,16 @@ def counts_of(
         raise DataError(f"{contributors} sites are too many for an exact sum of counts: give ct_window and slice_axis")
     whole = {name: np.rint(values).astype(np.int64) for name, values in lanes.items()}
     return Survey(whole["planes"], whole["histogram/high"] * _DIGIT + whole["histogram/low"])
+
+
+def prepared_before(sites: Sequence[CohortSite]) -> PreparedSites | None:
+    """The cohort, if the share of every site is up to date as seen from this process; None if not, or not seen."""
+    try:
+        if not all(site.look() for site in sites) or len({stable_hash(site.state()) for site in sites}) > 1:
+            return None
+    except FedsamError:
+        return None  # whatever is wrong is said by the site itself
+    return _together({site.spec.site: site.describe() for site in sites})
 
 
 def prepare_shares(engine: Engine, specs: Sequence[CohortSpec], progress: Progress | None = None) -> PreparedSites:
