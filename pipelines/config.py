@@ -48,6 +48,9 @@ class EvaluationConfig(Settings):
     )
     split: Literal["val", "test"] = Field("test", description="for `evaluate`: which cases")
     save_masks: bool = Field(True, description="for `evaluate`: write the predicted masks as NIfTI")
+    nsd_tolerance_mm: float = Field(
+        2.0, ge=0, description="for `evaluate`: how far a surface may be off to count as right in NSD"
+    )
 
 
 class Config(Settings):

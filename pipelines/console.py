@@ -51,8 +51,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     result = Table(title=title, title_justify="left", title_style="bold")
     cells = [[_cell(value) for value in row] for row in rows]
     for index, column in enumerate(columns):
-        numeric = all(row[index].replace(",", "").replace(".", "").replace("-", "").strip().isdigit() for row in cells)
-        result.add_column(column, justify="right" if numeric and cells else "left", overflow="fold")
+        known = [row[index] for row in cells if row[index] != "-"]
+        numeric = all(cell.replace(",", "").replace(".", "").removeprefix("-").strip().isdigit() for cell in known)
+        result.add_column(column, justify="right" if numeric and known else "left", overflow="fold")
     for row in cells:
         result.add_row(*row)
     return result

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import yaml
 
 from fedsam_core.data.files import write_atomic, write_failed
@@ -75,3 +77,14 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(rows)
         self.write(name, text.getvalue().encode())
+
+    def write_parquet(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A Parquet file; no rows, no file. None is null, and a column of nothing else is one of numbers."""
+        if not rows:
+            return
+        names = dict.fromkeys(key for row in rows for key in row)
+        columns = {column: pa.array([row.get(column) for row in rows]) for column in names}
+        numbers = {column: data.cast(pa.float64()) for column, data in columns.items() if pa.types.is_null(data.type)}
+        stream = io.BytesIO()
+        pa.parquet.write_table(pa.table(columns | numbers), stream)
+        self.write(name, stream.getvalue())

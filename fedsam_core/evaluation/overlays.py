@@ -58,13 +58,31 @@ def pick_slices(labels: Array, count: int) -> list[int]:
     return [int(run[np.argmax(weight[run])] if weight.any() else run[len(run) // 2]) for run in runs]
 
 
+def pick_cases(scores: Sequence[CaseScore]) -> dict[str, dict[str, CaseScore]]:
+    """The cases of every site that are worth a look: by site "best", "median" and "worst", by their mean Dice.
+
+    Each case is named once: a site of two has no median, one of a single case nothing else. Cases in which there was
+    nothing to find, and nothing was found, are passed over unless a site has no others.
+    """
+    picked = {}
+    for site in sorted({score.site for score in scores}):
+        own = [score for score in scores if score.site == site]
+        known = [score for score in own if not np.isnan(score.mean_dice)] or own[:1]
+        ranked = sorted(known, key=lambda score: (score.mean_dice, score.case))
+        picks = {"best": ranked[-1], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[0]}
+        wanted = {1: ("median",), 2: ("best", "worst")}.get(len(ranked), tuple(picks))
+        picked[site] = {name: picks[name] for name in wanted}
+    return picked
+
+
 def overlay(
     cohort: Cohort, score: CaseScore, prediction: Array, path: Path, panels: int = 6, caption: str | None = None
 ) -> None:
     """Writes a PNG, atomically: slices of a scored scan with the outlines of truth (solid) and prediction (dashed).
 
-    Scan and truth are read from their own files. Radiological convention, with the letters of the body's sides on every
-    panel; slices are numbered as in the file, from 0; pixels keep the scan's proportions.
+    Scan and truth are read from their own files. Outlines are those of the structures as they are scored. Radiological
+    convention, with the letters of the body's sides on every panel; slices are numbered as in the file, from 0; pixels
+    keep the scan's proportions.
 
     Args:
         cohort: holds the case, names classes and cohort, and says whether it is synthetic.
@@ -86,7 +104,7 @@ def overlay(
     scan = read_image(Path(case.image))
     plane = slice_plane(case.spacing, case.orientation)
     geometry = Geometry.plan(scan.affine, case.shape, plane, spacing=None)  # native: only turns the axes
-    image = geometry.to_slices(_gray(scan.voxels, case, cohort), order=1)
+    image = geometry.to_slices(scan.voxels, order=1)
     truth = geometry.to_slices(truth_on_scan_grid(case), order=0)
     drawn = geometry.to_slices(prediction, order=0)
     numbers = _slice_numbers(geometry, case)
@@ -103,19 +121,25 @@ def overlay(
     for axes in grid.flat[len(chosen) :]:
         axes.set_axis_off()
     for axes, index in zip(grid.flat, chosen, strict=False):
-        gray = image[index, rows, columns]
+        gray = _gray(image[index, rows, columns], case, cohort)
         axes.imshow(gray, cmap="gray", vmin=0, vmax=1, aspect=row_mm / column_mm, interpolation="bilinear")
-        for value, color in enumerate(_colors(cohort), start=1):
-            _contour(axes, truth[index, rows, columns] == value, color, TRUTH)
-            _contour(axes, drawn[index, rows, columns] == value, color, PREDICTION)
+        for values, color in zip(cohort.structures, _colors(cohort), strict=True):
+            _contour(axes, np.isin(truth[index, rows, columns], values), color, TRUTH)
+            _contour(axes, np.isin(drawn[index, rows, columns], values), color, PREDICTION)
         axes.set_title(f"{plane} slice {numbers[index]}", fontsize=9)
         axes.set(xticks=[], yticks=[], xlim=(-0.5, gray.shape[1] - 0.5), ylim=(gray.shape[0] - 0.5, -0.5))
         _sides(axes, SIDES[plane])
         if cohort.synthetic:
             _stamp(axes)
 
-    dice = ", ".join(f"{name} {_number(value)}" for name, value in zip(cohort.classes, score.dice, strict=True))
-    _title(figure, cohort, f"{caption or f'{case.site} · {case.id}'}\nDice: {dice}")
+    told = "Dice: " + ", ".join(
+        f"{name} {_number(value)}" for name, value in zip(cohort.classes, score.dice, strict=True)
+    )
+    if score.nsd_tolerance_mm is not None:
+        told += " · HD95, mm: " + ", ".join(
+            f"{name} {_number(value, 1)}" for name, value in zip(cohort.classes, score.hd95, strict=True)
+        )
+    _title(figure, cohort, f"{caption or f'{case.site} · {case.id}'}\n{told}")
     handles = [
         Line2D([], [], color=color, linewidth=1.6, label=f"{name}, {what}", **style)
         for name, color in zip(cohort.classes, _colors(cohort), strict=True)
@@ -125,21 +149,28 @@ def overlay(
     _write(figure, path)
 
 
-def dice_bars(summary: Mapping[str, Any], cohort: Cohort, path: Path, before: Mapping[str, Any] | None = None) -> None:
+def dice_bars(
+    summary: Mapping[str, Any],
+    cohort: Cohort,
+    path: Path,
+    before: Mapping[str, Any] | None = None,
+    scores: Sequence[CaseScore] = (),
+) -> None:
     """Draws Dice by site and class as bars, and over all cases at the end; a PNG, written atomically.
 
     Args:
-        summary: what `metrics.summarize` returned.
+        summary: what `metrics.summarize` returned; confidence intervals that it holds are drawn as error bars.
         cohort: names the classes and the cohort, and says whether it is synthetic.
         path: the PNG to write.
         before: a summary of the same sites from before training, drawn as hatched bars beside the others.
+        scores: of the cases behind `summary`; drawn as dots, one a case.
     """
     sites = sorted(summary["per_site"])
     groups = [*sites, "all cases"]
     stages = [("before", before), ("after", summary)] if before is not None else [("", summary)]
     series = [
-        (f"{name}, {stage}" if stage else name, color, stage == "before", source, name)
-        for name, color in zip(cohort.classes, _colors(cohort), strict=True)
+        (f"{name}, {stage}" if stage else name, color, stage == "before", source, k)
+        for k, (name, color) in enumerate(zip(cohort.classes, _colors(cohort), strict=True))
         for stage, source in stages
     ]
     width = 0.84 / len(series)
@@ -148,18 +179,25 @@ def dice_bars(summary: Mapping[str, Any], cohort: Cohort, path: Path, before: Ma
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="0.9")
     handles: list[Artist] = []
-    for position, (label, color, hatched, source, name) in enumerate(series):
-        values = [_class_dice(source, site, name) for site in (*sites, None)]
+    for position, (label, color, hatched, source, k) in enumerate(series):
+        entries = [_class_entry(source, site, cohort.classes[k]) for site in (*sites, None)]
+        values = [entry.get("dice") for entry in entries]
         style: dict[str, Any] = {"facecolor": "white" if hatched else color, "edgecolor": color}
         style |= {"hatch": "////" if hatched else None, "linewidth": 1}
-        bars = axes.bar(
-            np.arange(len(groups)) - 0.42 + width * (position + 0.5),
-            [0.0 if value is None else value for value in values],
-            width=width * 0.88,
-            **style,
-        )
+        middles = np.arange(len(groups)) - 0.42 + width * (position + 0.5)
+        heights = [0.0 if value is None else value for value in values]
+        bars = axes.bar(middles, heights, width=width * 0.88, **style)
+        if scores and source is summary:
+            _dots(
+                axes, middles, width, [[s.dice[k] for s in scores if site in (None, s.site)] for site in (*sites, None)]
+            )
+        _error_bars(axes, middles, values, [entry.get("ci95", {}).get("dice") for entry in entries])
         texts = ["none" if value is None else f"{value:.2f}" for value in values]
-        axes.bar_label(bars, labels=texts, fontsize=7, padding=2, color="0.3")
+        if "ci95" in summary or scores:  # what is above the bar is taken
+            for middle, text in zip(middles, texts, strict=True):
+                _haloed(axes.text(middle, 0.03, text, ha="center", va="bottom", fontsize=7))
+        else:
+            axes.bar_label(bars, labels=texts, fontsize=7, padding=2, color="0.3")
         handles.append(Patch(label=label, **style))
     axes.axvline(len(sites) - 0.5, color="0.7", linewidth=1, linestyle=":")
     axes.set_xticks(np.arange(len(groups)), labels=[_group_label(summary, group) for group in groups])
@@ -170,13 +208,36 @@ def dice_bars(summary: Mapping[str, Any], cohort: Cohort, path: Path, before: Ma
         axes.spines[side].set_visible(False)
     mean = _number(summary["dice"]) if before is None else f"{_number(before['dice'])} → {_number(summary['dice'])}"
     _title(figure, cohort, f"Dice by site and class\nmean over classes, all cases: {mean}")
-    _legend(
-        figure,
-        cohort,
-        handles,
-        "Scored on each scan's own voxels; where truth and prediction lack a class, it is left out.",
-    )
+    note = "Scored on each scan's own voxels; where truth and prediction lack a class, it is left out."
+    extras = ["Dots: cases."] if scores else []
+    extras += ["Lines: 95% bootstrap interval of the mean."] if "ci95" in summary else []
+    _legend(figure, cohort, handles, "\n".join([note, *([" ".join(extras)] if extras else [])]))
     _write(figure, path)
+
+
+def _dots(axes: Axes, middles: Array, width: float, groups: Sequence[Sequence[float]]) -> None:
+    """A dot a case, spread over the middle of its bar in the order of the cases; the more there are the paler."""
+    for middle, values in zip(middles, groups, strict=True):
+        known = np.array([value for value in values if not np.isnan(value)])
+        # Multiples of the golden ratio spread evenly, however many there are.
+        spread = (np.arange(len(known)) * 0.618034 + 0.5) % 1 - 0.5
+        alpha = float(np.clip(6 / max(len(known), 1), 0.25, 0.8))
+        places = middle + spread * width * 0.6
+        axes.scatter(places, known, s=9, color="0.15", alpha=alpha, linewidths=0, zorder=3, clip_on=False)
+
+
+def _error_bars(
+    axes: Axes, middles: Array, values: Sequence[float | None], intervals: Sequence[Sequence[float] | None]
+) -> None:
+    known = [
+        (middle, value, ends)
+        for middle, value, ends in zip(middles, values, intervals, strict=True)
+        if value is not None and ends is not None
+    ]
+    if known:
+        x, y = [middle for middle, _, _ in known], [value for _, value, _ in known]
+        reach = np.array([(value - ends[0], ends[1] - value) for _, value, ends in known]).T
+        axes.errorbar(x, y, np.maximum(reach, 0), fmt="none", ecolor="0.15", elinewidth=1.2, capsize=3, zorder=4)
 
 
 def _group_label(summary: Mapping[str, Any], group: str) -> str:
@@ -206,7 +267,7 @@ def _title(figure: Figure, cohort: Cohort, text: str) -> None:
 def _legend(figure: Figure, cohort: Cohort, handles: Sequence[Artist], note: str) -> None:
     """Below everything; entries of a class, which follow one another in `handles`, stand in one column."""
     classes = len(cohort.classes)
-    figure.legend(
+    legend = figure.legend(
         handles=handles,
         loc="outside lower center",
         ncols=classes if classes <= 4 else math.ceil(classes / 2),
@@ -216,6 +277,7 @@ def _legend(figure: Figure, cohort: Cohort, handles: Sequence[Artist], note: str
         title_fontproperties={"size": 8},
         alignment="center",
     )
+    legend.get_title().set_multialignment("center")
 
 
 def _colors(cohort: Cohort) -> list[str]:
@@ -230,9 +292,10 @@ def _gray(voxels: Array, case: Case, cohort: Cohort) -> Array:
 
 def _slice_numbers(geometry: Geometry, case: Case) -> Array:
     """Number of each slice along the scan's own axis, which may run the other way."""
-    along = np.zeros(case.shape, dtype=np.int32)
     thick = next(axis for axis, code in enumerate(case.orientation) if code in ACROSS[geometry.plane])
-    along += np.expand_dims(np.arange(case.shape[thick], dtype=np.int32), [axis for axis in range(3) if axis != thick])
+    numbers = np.arange(case.shape[thick], dtype=np.int32)
+    others = [axis for axis in range(3) if axis != thick]
+    along = np.broadcast_to(np.expand_dims(numbers, others), case.shape)  # takes no memory
     return geometry.to_slices(along, order=0)[:, 0, 0]
 
 
@@ -261,6 +324,12 @@ def _outlined(text: Text) -> None:
     text.set_path_effects([withStroke(linewidth=2, foreground="black")])
 
 
+def _haloed(text: Text) -> None:
+    """Dark on a light seam: legible on a bar of any color."""
+    text.set_color("black")
+    text.set_path_effects([withStroke(linewidth=2, foreground="white", alpha=0.8)])
+
+
 def _window(foreground: Array, spacing: tuple[float, float]) -> tuple[slice, slice]:
     """Rows and columns around the foreground [n, H, W] of the chosen slices, with a margin; all if there is none."""
     union = np.max(foreground, axis=0)
@@ -277,11 +346,12 @@ def _size(part: slice) -> int:
     return int(part.stop) - int(part.start)
 
 
-def _class_dice(summary: Mapping[str, Any], site: str | None, name: str) -> float | None:
+def _class_entry(summary: Mapping[str, Any], site: str | None, name: str) -> Mapping[str, Any]:
+    """What a summary holds of a class: at a site, or over all cases; empty if it does not know the site."""
     source = summary if site is None else summary["per_site"].get(site)
-    value: float | None = None if source is None else source["per_class"][name]["dice"]
-    return value
+    entry: Mapping[str, Any] = {} if source is None else source["per_class"][name]
+    return entry
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None or np.isnan(value) else f"{value:.3f}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "none" if value is None or np.isnan(value) else f"{value:.{digits}f}"

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt
+from support.dicom import write_series
 
 from fedsam_core.data.dicom import write_segmentation
 from fedsam_core.errors import DataError
@@ -20,7 +21,6 @@ from fedsam_core.evaluation.metrics import (
     summarize,
     truth_on_scan_grid,
 )
-from tests.support.dicom import write_series
 
 from .conftest import MakeCase, blobs
 

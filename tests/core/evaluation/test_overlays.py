@@ -9,7 +9,8 @@ from fedsam_core.data.cohort import Case, Cohort
 from fedsam_core.data.geometry import Geometry
 from fedsam_core.errors import DataError
 from fedsam_core.evaluation.metrics import CaseScore, score_case, summarize, truth_on_scan_grid
-from fedsam_core.evaluation.overlays import _slice_numbers, dice_bars, overlay, pick_slices
+from fedsam_core.evaluation.overlays import _slice_numbers, dice_bars, overlay, pick_cases, pick_slices
+from fedsam_core.evaluation.surfaces import SurfaceConfig
 
 from .conftest import MakeCase, blobs
 
@@ -119,7 +120,8 @@ def test_pictures_repeat_bit_for_bit_and_touch_no_global_state(make_case: MakeCa
     scores = [score_case(truth, case, CLASSES)]
     for name in ("a", "b"):
         drawn(cohort_of(case), truth, tmp_path / f"{name}.png")
-        dice_bars(summarize(scores, CLASSES), cohort_of(case), tmp_path / f"bars_{name}.png")
+        summary = summarize(scores, CLASSES, intervals=True)
+        dice_bars(summary, cohort_of(case), tmp_path / f"bars_{name}.png", scores=scores)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "bars_a.png").read_bytes() == (tmp_path / "bars_b.png").read_bytes()
     if "matplotlib.pyplot" in sys.modules:
@@ -180,3 +182,73 @@ def test_bars_show_before_and_after_and_what_has_no_score(tmp_path: Path) -> Non
     both, late, early = (imread(tmp_path / f"{name}.png")[..., :3] for name in ("both", "after", "before"))
     assert both.shape[1] > late.shape[1]
     assert share(late, "#E69F00") > 3 * share(early, "#E69F00") > 0  # bars as high as the Dice
+
+
+def test_what_is_drawn_is_what_is_scored(make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kidney that holds its tumour is outlined around the tumour, and the title tells the distances."""
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    labels = np.zeros((40, 40, 6), np.uint8)
+    labels[10:30, 10:30] = 1
+    labels[20:30, 10:30] = 2  # half of the kidney
+    case = make_case(labels, image=np.random.default_rng(0).random(labels.shape))
+    truth = truth_on_scan_grid(case)
+    outlined: list[float] = []
+    titles: list[str] = []
+    contour, suptitle = Axes.contour, Figure.suptitle
+    monkeypatch.setattr(
+        Axes, "contour", lambda s, x, y, mask, **kw: (outlined.append(mask.sum()), contour(s, x, y, mask, **kw))[1]
+    )
+    monkeypatch.setattr(Figure, "suptitle", lambda s, text, **kw: (titles.append(text), suptitle(s, text, **kw))[1])
+    for scored_as, areas in (({}, [200, 200]), ({"kidney": CLASSES}, [400, 200])):
+        cohort = cohort_of(case).model_copy(update={"scored_as": scored_as})
+        scored = score_case(truth, case, CLASSES, cohort.structures, SurfaceConfig())
+        outlined.clear()
+        overlay(cohort, scored, truth, tmp_path / "o.png", panels=1)
+        assert outlined == [areas[0], areas[0], areas[1], areas[1]]  # each class: truth, prediction
+        assert "Dice: kidney 1.000, tumor 1.000 · HD95, mm: kidney 0.0, tumor 0.0" in titles[-1]
+
+
+def test_cases_worth_a_look() -> None:
+    def case(site: str, name: str, dice: float) -> CaseScore:
+        return CaseScore(name, site, "test", ("kidney",), (dice,), (5,), (5,))
+
+    scores = [case("a", f"a{k}", dice) for k, dice in enumerate([0.4, 0.9, 0.1, 0.7])]
+    scores += [case("a", "a8", float("nan")), case("b", "b0", 0.5), case("b", "b1", 0.6), case("c", "c0", 0.2)]
+    scores += [case("d", "d1", float("nan")), case("d", "d0", float("nan")), case("e", "e1", 0.5), case("e", "e0", 0.5)]
+    picked = pick_cases(scores)
+    assert {site: {name: score.case for name, score in picks.items()} for site, picks in picked.items()} == {
+        "a": {"best": "a1", "median": "a0", "worst": "a2"},
+        "b": {"best": "b1", "worst": "b0"},
+        "c": {"median": "c0"},
+        "d": {"median": "d1"},
+        "e": {"best": "e1", "worst": "e0"},
+    }
+
+
+def test_bars_with_intervals_and_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    scores = [
+        CaseScore(f"a{k}", "a", "test", CLASSES, (dice, 1.0), (5, 5), (5, 5)) for k, dice in enumerate([0.2, 0.6])
+    ]
+    scores += [CaseScore("b0", "b", "test", CLASSES, (0.9, float("nan")), (5, 0), (5, 0))]
+    summary = summarize(scores, CLASSES, intervals=True)
+    dots: list[list[float]] = []
+    bars: list[tuple[list[float], np.ndarray]] = []
+    scatter, errorbar = Axes.scatter, Axes.errorbar
+    monkeypatch.setattr(Axes, "scatter", lambda self, x, y, **kw: (dots.append(list(y)), scatter(self, x, y, **kw))[1])
+    monkeypatch.setattr(Axes, "errorbar", lambda s, x, y, e, **kw: (bars.append((y, e)), errorbar(s, x, y, e, **kw))[1])
+    dice_bars(summary, cohort_of(), tmp_path / "bars.png", scores=scores)
+    assert dots == [[0.2, 0.6], [0.9], [0.2, 0.6, 0.9], [1.0, 1.0], [], [1.0, 1.0]]
+    (kidney, kidney_reach), (tumor, tumor_reach) = bars
+    assert kidney == pytest.approx([0.4, 1.7 / 3])  # site b has a single case, and no interval
+    assert kidney_reach[:, 0] == pytest.approx([0.2, 0.2])
+    low, high = summary["per_class"]["kidney"]["ci95"]["dice"]
+    assert kidney_reach[:, 1] == pytest.approx([1.7 / 3 - low, high - 1.7 / 3])
+    assert tumor == [1.0, 1.0]
+    assert not tumor_reach.any()
+    dice_bars(summarize(scores, CLASSES), cohort_of(), tmp_path / "plain.png")
+    assert len(bars) == 2
+    assert len(dots) == 6
