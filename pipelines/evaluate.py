@@ -50,7 +50,7 @@ def run(config: Config) -> None:
     tracking.check()  # before hours are spent; from then on a server that is away costs a warning
     with console.Bars() as bars:
         prepared = prepared_cohort(config, bars)
-        segmenter = load_segmenter(config, len(prepared.cohort.classes), adapter)
+        segmenter = load_segmenter(config, prepared, adapter)
         folder = RunFolder(adapter.parent / "evaluation" / config.evaluation.split)
         settled = config.model_copy(update={"preprocess": prepared.config})  # what a cohort left open, by its value
         tags = run_tags(config, prepared.cohort, segmenter, adapter)
@@ -193,16 +193,17 @@ def find_adapter(config: Config) -> Path:
     )
 
 
-def load_segmenter(config: Config, classes: int, adapter: Path) -> SamSegmenter:
+def load_segmenter(config: Config, prepared: PreparedCohort, adapter: Path) -> SamSegmenter:
     """The backbone of the configuration with the adapter in it, on this machine's device.
 
     Raises:
         CheckpointError: the adapter was trained for another backbone, selection, number of classes or preprocessing.
     """
+    classes = len(prepared.cohort.classes)
     segmenter = build_segmenter(config.model, classes, config.layers, seed=derive_seed(config.seed, "model"))
     load_adapter(segmenter, adapter)
     card = json.loads((adapter / "card.json").read_text())
-    for key, value in inputs_of(config).items():
+    for key, value in inputs_of(config, prepared.config).items():
         if key in card and card[key] != value:
             raise CheckpointError(
                 f"{adapter} was trained with {key} {card[key]}, the configuration has {value}: evaluate with the "

@@ -132,7 +132,7 @@ def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine
                 Event(f"MLflow run {tracker.run_id} in experiment {config.tracking.experiment}", tracked=tracker.run_id)
             )
             folder = RunFolder(config.work_dir / "runs" / run_id)
-            recorder = Recorder(config, cohort, federation, folder, tracker, emit)
+            recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config)
             try:
                 recorder.begin(state, federation.score(state, "test", 0), federation.score(state, "val", 0))
                 state = run_rounds(federation, state, recorder.after_round)

@@ -321,10 +321,10 @@ def _encode_case(case: Case, cohort: Cohort, config: PreprocessConfig) -> tuple[
         if now != then:
             raise DataError(f"{path}: changed since the cohort was read; read the cohort again")
     geometry, voxels = _to_slices(image, config, cohort.modality)
-    tensors = {
-        "image": voxels.astype(np.float16),
-        "label": np.ascontiguousarray(geometry.to_slices(label.voxels, order=0)),
-    }
+    del image  # of a long scan each of these takes up to half a gigabyte
+    tensors: dict[str, npt.NDArray[Any]] = {"image": voxels.astype(np.float16)}
+    del voxels
+    tensors["label"] = np.ascontiguousarray(geometry.to_slices(label.voxels, order=0))
     written = geometry.to_dict()
     # One entry, because safetensors writes several in any order: two that prepare at once must write the same bytes.
     about = json.dumps({"case": case.id, "geometry": written}, sort_keys=True)

@@ -136,7 +136,8 @@ def save_segmentation(label_map: Array, case: Case, path: Path) -> None:
     header["descrip"] = b"fedsam segmentation"
     header.extensions.clear()  # they may hold the DICOM header, and with it the patient's name
     data = kind(label_map.astype(np.uint8), None, header).to_bytes()
-    write_atomic(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    # Level 9, the default, takes minutes for a noisy mask and saves nothing.
+    write_atomic(path, gzip.compress(data, compresslevel=6, mtime=0) if path.suffix == ".gz" else data)
 
 
 def _nifti_header(path: Path) -> tuple[type[nib.Nifti1Image], nib.Nifti1Header, tuple[int, ...]]:

@@ -13,8 +13,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.numpy import load_file
 
 from fedsam_core.sam.adapters import shared_state
-from pipelines.config import load_config
-from pipelines.evaluate import load_segmenter
+from fedsam_core.trained import load_trained
 
 Stage = Callable[..., Any]
 
@@ -98,8 +97,7 @@ def test_evaluate_agrees_with_the_sites_and_with_plain_numpy(run: Path, stage: S
 
 
 def test_the_exported_adapter_gives_the_global_state(run: Path) -> None:
-    config = load_config(str(run / "config.yaml"))
-    segmenter = load_segmenter(config, classes=2, adapter=run / "adapter")
+    segmenter = load_trained(run).segmenter
     state = load_file(run / "state.safetensors")
     exported = shared_state(segmenter, segmenter.manifest)
     assert exported.keys() == state.keys()

@@ -90,11 +90,9 @@ def test_labels_are_the_argmax_of_resampled_probabilities(
 
     resampled = case.geometry.to_scan(predict_volume(GrayReader(2), case, CONFIG, 32, batch_size=9), order=1)
     differs = segmentation != resampled.argmax(axis=0)
-    if case.image.shape[0] == 22:
-        assert not differs.any()
-    else:  # only where the float16 of the held probabilities decides
-        first, second = np.sort(resampled, axis=0)[-1], np.sort(resampled, axis=0)[-2]
-        assert np.all((first - second)[differs] < 1e-3)
+    first, second = np.sort(resampled, axis=0)[-1], np.sort(resampled, axis=0)[-2]
+    assert np.all((first - second)[differs] < 1e-5)  # only where the last bit decides
+    assert differs.sum() < 10
     assert (segmentation > 0).sum() > 500
 
 
@@ -125,6 +123,13 @@ def test_the_model_is_left_as_it_was(make_case: MakeCase) -> None:
     with pytest.raises(ZeroDivisionError):
         segment_scan(reader, case, CONFIG, 16, batch_size=4)
     assert (reader.training, reader.part.training, torch.is_grad_enabled()) == (True, False, True)
+
+
+def test_progress_is_told(make_case: MakeCase) -> None:
+    case = prepared(make_case(blobs((12, 12, 6), (1, 1, 1))))
+    told: list[tuple[int, int]] = []
+    segment_scan(GrayReader(2), case, CONFIG, 16, 4, progress=lambda done, total: told.append((done, total)))
+    assert told == [(4, 6), (6, 6)]
 
 
 def test_autocast_reaches_the_forward_pass(make_case: MakeCase) -> None:
@@ -205,8 +210,8 @@ def test_real_masks_survive_resampling_from_5_mm_to_1_mm(real_data: Path, tmp_pa
         assert dice(segmentation == value, truth == value) >= 0.97
 
 
-@pytest.mark.parametrize(("slices_resampled", "bytes_a_voxel"), [(False, 3), (True, 7 * 2 + 5)])
-def test_memory_grows_with_the_result_alone(make_case: MakeCase, slices_resampled: bool, bytes_a_voxel: int) -> None:
+@pytest.mark.parametrize("slices_resampled", [False, True])
+def test_memory_grows_with_the_result_alone(make_case: MakeCase, slices_resampled: bool) -> None:
     def peak(depth: int) -> int:
         case = prepared(make_case(blobs((96, 96, depth), (1, 1, 1), classes=6), classes=6))
         if slices_resampled:  # every tenth slice of the scan was left out, say
@@ -221,8 +226,8 @@ def test_memory_grows_with_the_result_alone(make_case: MakeCase, slices_resample
         tracemalloc.stop()
         return top
 
-    growth = (peak(220) - peak(60)) / (160 * 96 * 96)
-    assert growth < 1.1 * bytes_a_voxel  # all seven probabilities in float32 would be 28
+    growth = (peak(130) - peak(40)) / (90 * 96 * 96)
+    assert growth < 1.25 * 3  # all seven probabilities in float32 would be 28
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii"])
