@@ -28,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def demo(config: Config) -> None:
     """Prepares, federates as a Ray job, and leaves nothing running."""
     console.out.print("[bold]1/3[/] the cohort: three hospitals with a different scanner each")
-    here = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "in-process"})})
-    prepare.run(here)  # Ray is not up yet, and scans that are drawn here need none
+    prepare.run(config)
     console.out.print("\n[bold]2/3[/] a local Ray cluster")
     with jobs.local_cluster() as address:
         console.out.print(f"Ray is up: dashboard and jobs at {address}")

@@ -1,6 +1,7 @@
 """Stage `federate`: sites train adapter layers in rounds; only the masked sum of their updates is ever opened."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import fedsam_core
 from cluster.driver import drive
 from cluster.placement import cluster_nodes, plan, preflight
+from cluster.session import ray_session
 from cluster.site import create_sites
 from cluster.tracking import Tracking
 from fedsam_core.errors import ClusterError, ConfigError
@@ -28,7 +30,7 @@ from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.config import Config, flatten
-from pipelines.prepare import engine_session, prepare_sites, prepared_location, store_opener
+from pipelines.prepare import prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder
 from pipelines.run_folder import RunFolder
 from pipelines.stage import Stage
@@ -39,7 +41,7 @@ OpenEngine = Callable[[list[SiteSpec]], Engine]
 def run(config: Config) -> None:
     """Runs the federation and prints what came of it."""
     check(config)
-    with engine_session(config), console.Bars() as bars:
+    with ray_session() if config.engine.kind == "ray" else nullcontext(), console.Bars() as bars:
         cohort = prepare_sites(config, bars)
         if left_out := sum(problem.quarantined for problem in cohort.described.problems):
             console.out.print(f"{left_out} cases were left out: `fedsam prepare` with the same settings says why")

@@ -7,7 +7,7 @@ that is up to date does nothing.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from secrets import token_hex
@@ -39,22 +39,19 @@ RAY_ADDRESS = "RAY_ADDRESS"  # set in a job: work is done on the cluster, howeve
 SMALL_BYTES = 256 * 2**20
 
 
-def engine_session(config: Config) -> AbstractContextManager[None]:
-    """What the configured engine needs around it: a connection to Ray, or nothing."""
-    return ray_session() if config.engine.kind == "ray" else nullcontext()
-
-
-def is_small(config: Config) -> bool:
-    """Whether all scans are here, and so few that starting processes for them on this machine would take longer."""
-    if RAY_ADDRESS in os.environ:
+def on_ray(config: Config) -> bool:
+    """Whether preparation runs on Ray: on this machine alone, processes for a few small scans take longer than they."""
+    if config.engine.kind == "in-process" or RAY_ADDRESS in os.environ:
+        return config.engine.kind == "ray"
+    if config.cohort.source == "phantom":
         return False
     try:
         listing = list_cohort(config.cohort, config.work_dir)
     except FedsamError:
-        return False
+        return True  # the scans are elsewhere, or whoever reads them says what is wrong
     paths = (files.image for files in listing.cases)
     files = (file for path in paths for file in (path.iterdir() if path.is_dir() else [path]))
-    return sum(file.stat().st_size for file in files) < SMALL_BYTES
+    return sum(file.stat().st_size for file in files) >= SMALL_BYTES
 
 
 def store_opener(config: Config) -> OpenStore:
@@ -134,7 +131,7 @@ def cohort_specs(config: Config, sites: Sequence[str], location: str) -> list[Co
 def _engine(config: Config, sites: Sequence[str], specs: Sequence[CohortSpec]) -> Iterator[Engine]:
     factory: Any = partial(CohortSite, open_store=store_opener(config))
     engine: Engine
-    if config.engine.kind == "in-process" or is_small(config):
+    if not on_ray(config):
         engine = in_process(specs, factory)
     else:
         # The actors only wait for their tasks, which book the CPUs.
@@ -150,7 +147,7 @@ def _engine(config: Config, sites: Sequence[str], specs: Sequence[CohortSpec]) -
 
 def run(config: Config) -> None:
     """Prepares the cohort and prints what is in it."""
-    with nullcontext() if is_small(config) else engine_session(config), console.Bars() as bars:
+    with ray_session() if on_ray(config) else nullcontext(), console.Bars() as bars:
         prepared = prepare_sites(config, bars)
     show(prepared, prepared_location(config))
 
