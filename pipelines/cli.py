@@ -8,9 +8,12 @@ import fedsam_core
 COMMANDS = {
     "demo": "a federation of three synthetic hospitals on this machine, in minutes",
     "selections": "what each layer selection trains and sends",
+    "data": "check a folder of scans: sites, cases, spacings, and everything that is wrong",
     "prepare": "read and check every scan, and store it ready for training",
     "federate": "train adapter layers across sites; only the masked sum is opened",
     "evaluate": "segment and score a cohort with a trained adapter",
+    "predict": "a mask for a scan, or for every scan of a folder: NIfTI or DICOM",
+    "export": "write a trained model as PEFT adapter, plain SAM checkpoint and ONNX",
     "verify": "replay the record of a run: signatures, survivors, sums, global states",
     "submit": "run a stage as a job on a Ray cluster",
     "keys": "make a site's identity, and see whom a roster trusts",

@@ -9,11 +9,13 @@ from typing import Any
 
 from cluster.tracking import RunTracker
 from fedsam_core.data.cohort import Cohort
+from fedsam_core.data.preprocess import PreprocessConfig
 from fedsam_core.evaluation.overlays import dice_bars
 from fedsam_core.federation.rounds import Federation, RoundReport, Scores, State
 from fedsam_core.federation.state import pack_state
 from fedsam_core.sam.adapters import load_shared_state, save_adapter
 from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.trained import describe
 from pipelines.config import Config
 from pipelines.run_folder import SUMS, RunFolder, sum_file
 
@@ -67,9 +69,18 @@ class Recorder:
     """Follows one run from its first score to its last."""
 
     def __init__(
-        self, config: Config, cohort: Cohort, federation: Federation, folder: RunFolder, tracker: RunTracker, emit: Emit
+        self,
+        config: Config,
+        cohort: Cohort,
+        federation: Federation,
+        folder: RunFolder,
+        tracker: RunTracker,
+        emit: Emit,
+        preprocess: PreprocessConfig,
     ) -> None:
+        """`preprocess` is what the sites' shares were prepared with: the configuration may leave something open."""
         self._config = config
+        self._preprocess = preprocess
         self._cohort = cohort
         self._federation = federation
         self._folder = folder
@@ -142,13 +153,20 @@ class Recorder:
         federation, config = self._federation, self._config
         after = self._summary(test)
         load_shared_state(segmenter, federation.manifest, state)
-        card = {
-            "run": federation.run,
-            "cohort": self._cohort.name,
-            "classes": list(self._cohort.classes),
-            "dice": after["dice"],
-            **inputs_of(config),
-        }
+        card = describe(
+            segmenter,
+            run=federation.run,
+            cohort=self._cohort.name,
+            classes=self._cohort.classes,
+            modality=self._cohort.modality,
+            synthetic=self._cohort.synthetic,
+            scored_as=self._cohort.scored_as,
+            dice=after["dice"],
+            dice_by_class={name: group["dice"] for name, group in after["per_class"].items()},
+            preprocess=self._preprocess,
+            slices=config.slices,
+            precision=config.learning.precision,
+        )
         save_adapter(segmenter, federation.manifest, self._folder.path / "adapter", card)
         self._folder.write_table("ledger.csv", federation.ledger.rows())  # with the closing scores
         self.keep_record()
@@ -171,7 +189,8 @@ class Recorder:
             minutes=(monotonic() - self._started) / 60,
         )
         head = federation.record.head
-        self._folder.write_json("summary.json", asdict(outcome) | {"folder": str(outcome.folder), "record_head": head})
+        said = {"folder": str(outcome.folder), "record_head": head, "mlflow_run": self._tracker.run_id}
+        self._folder.write_json("summary.json", asdict(outcome) | said)
         self._tracker.set_tags({"fedsam.record_head": head})  # where whoever changes the run's folder cannot reach it
         self._tracker.log_round(config.federation.rounds, self._final_metrics(after))
         self._tracker.log_table("rounds", self._rounds)
@@ -218,10 +237,13 @@ def site_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def inputs_of(config: Config) -> dict[str, Any]:
-    """What a scan goes through before the model sees it: an adapter is good for this and nothing else."""
+def inputs_of(config: Config, preprocess: PreprocessConfig) -> dict[str, Any]:
+    """What a scan goes through before the model sees it: an adapter is good for this and nothing else.
+
+    The keys are those of the adapter's card; `preprocess` has nothing left open.
+    """
     return {
-        "preprocess": config.preprocess.model_dump(mode="json"),
+        "preprocess": preprocess.model_dump(mode="json"),
         "context": config.slices.context,
         "context_mm": config.slices.context_mm,
     }

@@ -275,6 +275,7 @@ def prepare_image(path: Path, config: PreprocessConfig, modality: Modality) -> P
         label_sha256=None,
     )
     geometry, voxels = _to_slices(image, config, modality)
+    voxels[:] = voxels.astype(np.float16)  # as in a prepared cohort, to the bit: the same scan gives the same mask
     return PreparedCase(case, voxels, None, geometry.spacing, geometry)
 
 

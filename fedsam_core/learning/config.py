@@ -24,7 +24,7 @@ class LearningConfig(Settings):
     ce_weight: float = Field(0.2, ge=0, description="weight of the cross entropy in the loss")
     dice_weight: float = Field(0.8, ge=0, description="weight of the Dice loss")
     empty_share: float = Field(
-        0.15,
+        0.1,
         ge=0,
         le=1,
         description="share of the slices of a batch that hold no structure; all others show one",

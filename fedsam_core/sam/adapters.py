@@ -4,24 +4,26 @@ Parameters go by canonical names, as in the `ParameterManifest`: PEFT's `.base_l
 """
 
 import json
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedsam_core.errors import CheckpointError, SelectionError
+from fedsam_core.folders import whole_folder
 from fedsam_core.hashing import derive_seed
 from fedsam_core.sam.backbones import seeded
+from fedsam_core.sam.decoder import SAM_TOKENS, HeadLayout
+from fedsam_core.sam.geometry import PATCH
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import (
     LayerSelection,
@@ -32,6 +34,7 @@ from fedsam_core.selection import (
     lora_modules,
     resolve,
 )
+from fedsam_core.settings import Settings
 
 State = dict[str, npt.NDArray[np.float32]]
 
@@ -39,6 +42,30 @@ _ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PLAIN_WEIGHTS = "trained.safetensors"
+
+
+class BuiltModel(Settings):
+    """What a segmenter was built as: an adapter's values only make sense on it."""
+
+    backbone: Literal["vit_t", "vit_b", "vit_l", "vit_h"] = Field(description="image encoder")
+    image_size: int = Field(gt=0, multiple_of=PATCH, description="side of the square input in pixels")
+    classes: int = Field(ge=1, description="foreground classes")
+    head: HeadLayout = Field(description="mask head: flap, sam or pretrained")
+    weights: str = Field(
+        pattern=r"^(random\(seed=\d+\)|sam:[0-9a-f]{12})$",
+        description="random(seed=N), or sam: and the first 12 hex digits of the SHA-256 of the checkpoint",
+    )
+    seed: int = Field(ge=0, description="what new weights are drawn from")
+
+    @classmethod
+    def of(cls, segmenter: SamSegmenter) -> Self:
+        """Of a segmenter at hand."""
+        return cls.model_validate({key: getattr(segmenter, key) for key in cls.model_fields})
+
+    @property
+    def tokens(self) -> int:
+        """Mask tokens of the decoder: SAM's own, or one a class and one for background."""
+        return SAM_TOKENS if self.head == "pretrained" else self.classes + 1
 
 
 def adapt(segmenter: SamSegmenter, selection: LayerSelection) -> ParameterManifest:
@@ -126,7 +153,7 @@ def has_peft_layout(segmenter: SamSegmenter, manifest: ParameterManifest) -> boo
 
 
 def save_adapter(
-    segmenter: SamSegmenter, manifest: ParameterManifest, folder: Path, card: dict[str, Any] | None
+    segmenter: SamSegmenter, manifest: ParameterManifest, folder: Path, card: Mapping[str, Any] | None
 ) -> None:
     """Write what was trained to a folder, whole or not at all; an adapter that was there is replaced.
 
@@ -138,18 +165,14 @@ def save_adapter(
 
     Raises:
         CheckpointError: the folder exists and is not an adapter's.
+        DataError: the disk refuses.
     """
-    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not an adapter: choose another folder or remove it")
     trained = {
         name: value.detach().cpu().contiguous()
         for name, value in _parameters(segmenter).items()
         if name in {entry.name for entry in (*manifest.shared, *manifest.local)}
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    part.mkdir()
-    try:
+    with whole_folder(folder, "manifest.json", "an adapter") as part:
         if has_peft_layout(segmenter, manifest):
             config = _exported_config(segmenter, manifest)
             (part / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -158,16 +181,8 @@ def save_adapter(
         else:
             save_file(trained, part / _PLAIN_WEIGHTS)
         (part / "manifest.json").write_text(manifest.to_json())
-        (part / "card.json").write_text(json.dumps({**(card or {}), "model": _model_card(segmenter)}, indent=2))
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-            folder.rename(old)
-            part.rename(folder)
-            shutil.rmtree(old)
-        else:
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        model = BuiltModel.of(segmenter).model_dump(mode="json")
+        (part / "card.json").write_text(json.dumps({**(card or {}), "model": model}, indent=2))
 
 
 def load_adapter(segmenter: SamSegmenter, folder: Path) -> ParameterManifest:
@@ -178,12 +193,12 @@ def load_adapter(segmenter: SamSegmenter, folder: Path) -> ParameterManifest:
     """
     try:
         manifest = ParameterManifest.from_json((folder / "manifest.json").read_text())
-        model = json.loads((folder / "card.json").read_text())["model"]
+        model = dict(json.loads((folder / "card.json").read_text())["model"])
         peft_layout = (folder / _PEFT_WEIGHTS).exists()
         values = load_file(folder / (_PEFT_WEIGHTS if peft_layout else _PLAIN_WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, SelectionError) as error:
         raise CheckpointError(f"{folder} is not a complete adapter ({error}): export it again") from error
-    for key, value in _model_card(segmenter).items():
+    for key, value in BuiltModel.of(segmenter).model_dump(mode="json").items():
         if model.get(key) != value:
             raise CheckpointError(
                 f"{folder} was trained with {key} {model.get(key)} but the segmenter has {value}: build the segmenter "
@@ -191,8 +206,11 @@ def load_adapter(segmenter: SamSegmenter, folder: Path) -> ParameterManifest:
             )
     if adapt(segmenter, manifest.selection).layout_hash != manifest.layout_hash:
         raise CheckpointError(f"{folder} has another parameter layout than this version gives: export it again")
-    state = {_canonical(name.removeprefix(_PEFT_PREFIX)): value.numpy() for name, value in values.items()}
-    _write(segmenter, (*manifest.shared, *manifest.local), state, manifest.selection.name)
+    state = {_canonical(name.removeprefix(_PEFT_PREFIX)): value.float().numpy() for name, value in values.items()}
+    try:
+        _write(segmenter, (*manifest.shared, *manifest.local), state, manifest.selection.name)
+    except SelectionError as error:
+        raise CheckpointError(f"{folder}: its values are not those of its manifest ({error})") from error
     return manifest
 
 
@@ -227,11 +245,6 @@ def _whole_modules(segmenter: SamSegmenter, manifest: ParameterManifest) -> list
     inside = {_canonical(name): name for name, _ in segmenter.named_parameters()}
     whole = [inside[entry.name] for entry in (*manifest.shared, *manifest.local) if entry.kind == "whole"]
     return [(path, segmenter.get_submodule(path)) for path in dict.fromkeys(name.rpartition(".")[0] for name in whole)]
-
-
-def _model_card(segmenter: SamSegmenter) -> dict[str, Any]:
-    """What an adapter's values only make sense on."""
-    return {key: getattr(segmenter, key) for key in ("backbone", "image_size", "classes", "head", "weights", "seed")}
 
 
 def _canonical(name: str) -> str:

@@ -118,13 +118,23 @@ def read_official(path: Path) -> dict[str, Tensor]:
 
 
 def save_official(segmenter: SamSegmenter, path: Path) -> None:
-    """Write `official_state_dict` as a .pth file, whole or not at all."""
+    """Write `official_state_dict` as a .pth file, whole or not at all.
+
+    Raises:
+        CheckpointError: LoRA is still beside the weights.
+        OSError: the disk refuses.
+    """
     state = official_state_dict(segmenter)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        torch.save(state, part)
+        with part.open("wb") as stream:
+            torch.save(state, stream)
         os.replace(part, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch hides what the disk said behind a word about its own state
+            raise error.__context__ from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -132,8 +142,9 @@ def save_official(segmenter: SamSegmenter, path: Path) -> None:
 def official_state_dict(segmenter: SamSegmenter) -> dict[str, Tensor]:
     """The segmenter's parameters under official names, q, k and v fused (tensors on the CPU).
 
-    `segment_anything`'s `Sam` of the same image size loads it strictly where the head is SAM's own ("pretrained", or
-    "sam" with three classes).
+    `segment_anything`'s own classes load it strictly, assembled for the same image size and number of mask tokens; for
+    FLAP's head with its upscaling in the place of SAM's (`fedsam_core.sam.official`). At 1024 px and with four tokens
+    ("pretrained", or "sam" with three classes) so does `segment_anything.sam_model_registry`.
 
     Raises:
         CheckpointError: LoRA is still beside the weights.

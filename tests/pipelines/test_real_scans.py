@@ -1,13 +1,19 @@
 """The stages on real hippocampus scans: scores on the scans' own grid, as nibabel and numpy alone have them."""
 
 import csv
+import shutil
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from agreement import agreement
 
 
 @pytest.mark.real_data
@@ -46,3 +52,31 @@ def test_a_short_federation_is_scored_as_numpy_scores_it(
             own.append(2 * (a & b).sum() / (a.sum() + b.sum()))
             assert float(row[f"dice_{name}"]) == pytest.approx(own[-1], abs=1e-6)
     assert np.mean(own) > 0.05  # two rounds already find some of it
+
+    # The same model, used in each of the ways that there are, on scans that it has never seen.
+    for command, arguments in (
+        ("predict", [str(scans_of(source, scores, tmp_path)), "--model", str(run), "-o", str(tmp_path / "masks")]),
+        ("export", [str(run)]),
+    ):
+        with pytest.raises(SystemExit) as left:
+            import_module(f"pipelines.{command}").main(arguments)
+        assert not left.value.code
+    for row in scores[:4]:
+        evaluated = nib.load(run / "evaluation" / "test" / "masks" / f"{row['case']}.nii.gz")
+        predicted = nib.load(tmp_path / "masks" / f"{row['case']}_seg.nii.gz")
+        np.testing.assert_array_equal(np.asarray(predicted.dataobj), np.asarray(evaluated.dataobj))
+        np.testing.assert_array_equal(predicted.affine, evaluated.affine)
+    found = agreement(run, source / "imagesTr")
+    assert found["sites_dice_off_by"] < 1e-9
+    assert found["predict"] == {"voxels_that_differ": 0, "lowest_dice": 1.0}
+    for way in ("merged", "merged, fp32", "onnx"):
+        assert found[way]["voxels_that_differ"] <= found["labelled_voxels"] * (0.001 if "," in way else 0.01)
+
+
+def scans_of(source: Path, scores: list[dict[str, str]], folder: Path) -> Path:
+    """A folder with four of the scored scans."""
+    scans = folder / "scans"
+    scans.mkdir()
+    for row in scores[:4]:
+        shutil.copy(source / "imagesTr" / f"{row['case']}.nii.gz", scans)
+    return scans

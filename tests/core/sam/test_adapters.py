@@ -1,5 +1,6 @@
 """LoRA by PEFT: starts at nothing, trains exactly its manifest, travels, is written, loaded and merged."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
-from fedsam_core.errors import CheckpointError, SelectionError
+from fedsam_core.errors import CheckpointError, DataError, SelectionError
 from fedsam_core.sam import adapters
 from fedsam_core.sam.adapters import (
     adapt,
@@ -85,7 +86,8 @@ def test_adapting_changes_no_logit_and_frees_exactly_the_manifest(selection: Lay
     state = torch.get_rng_state()
     manifest = adapt(segmenter, selection)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(logits(segmenter), before)
+    # Not bit for bit: where a weight may get a gradient, torch multiplies by it in another way.
+    torch.testing.assert_close(logits(segmenter), before, atol=1e-6, rtol=0)
     assert manifest == manifest_for(MODEL, 2, selection)
     free = {adapters._canonical(n): p for n, p in segmenter.named_parameters() if p.requires_grad}
     entries = (*manifest.shared, *manifest.local)
@@ -213,12 +215,15 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     segmenter, manifest = trained(LOCAL)
 
     def full(*_: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
+    save_adapter(segmenter, manifest, tmp_path / "kept", {"round": 1})
     monkeypatch.setattr(adapters, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        save_adapter(segmenter, manifest, tmp_path / "adapter", None)
-    assert list(tmp_path.iterdir()) == []
+    for name in ("adapter", "kept"):
+        with pytest.raises(DataError, match=f"{name}: the disk is full"):
+            save_adapter(segmenter, manifest, tmp_path / name, {"round": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert json.loads((tmp_path / "kept" / "card.json").read_text())["round"] == 1
 
 
 def test_an_adapter_is_replaced_but_no_other_folder(tmp_path: Path) -> None:
