@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fedsam_core.data.findings import find_clipped, find_duplicates
+from fedsam_core.data.findings import Opened, fault_of, find_clipped, find_duplicates
 from fedsam_core.data.geometry import AXES, slice_plane
 from fedsam_core.data.scans import ScanFacts, inspect_scan
-from fedsam_core.data.sources import SPLITS, CaseFiles, Listing, Modality, Problem, ProblemKind, Split
+from fedsam_core.data.sources import SPLITS, CaseFiles, Listing, Modality, Problem, Split
 from fedsam_core.data.sources.layouts import detect, list_source
 from fedsam_core.data.sources.nifti import list_site
-from fedsam_core.errors import DataError, UnfitMask, UnfitScan, UnreadableScan
+from fedsam_core.errors import DataError
 from fedsam_core.settings import Settings
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -90,36 +90,8 @@ class Report(Settings):
         return self.model_dump(mode="json")
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """A case that was opened."""
-
-    files: CaseFiles
-    facts: ScanFacts
-
-    @property
-    def id(self) -> str:
-        return self.files.id
-
-    @property
-    def site(self) -> str:
-        return self.files.site
-
-    @property
-    def split(self) -> Split | None:
-        return self.files.split
-
-    @property
-    def content(self) -> str:
-        return self.facts.content
-
-    @property
-    def label_content(self) -> str:
-        return self.facts.label_content
-
-    @property
-    def labelled_slices(self) -> tuple[int, int]:
-        return self.facts.labelled_slices
+class _Scan(Opened):
+    """A case that was opened, and how it is sliced."""
 
     @property
     def slices_mm(self) -> float:
@@ -220,9 +192,7 @@ def _inspect(files: CaseFiles, classes: int, merge: bool) -> _Scan | Problem:
     try:
         return _Scan(files, inspect_scan(files.image, files.label, classes, merge))
     except DataError as error:
-        kinds: dict[type[DataError], ProblemKind] = {UnreadableScan: "unreadable", UnfitScan: "scan", UnfitMask: "mask"}
-        kind = kinds.get(type(error), "unreadable")
-        return Problem(kind=kind, case=files.id, site=files.site, reason=str(error), quarantined=True)
+        return fault_of(files, error)
 
 
 def _case(files: CaseFiles, facts: ScanFacts | None, quarantined: bool) -> CheckedCase:

@@ -13,13 +13,13 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from fedsam_core.data.files import write_atomic
-from fedsam_core.data.findings import find_clipped, find_duplicates
-from fedsam_core.data.scans import ScanFacts, inspect_scan
-from fedsam_core.data.sources import CaseFiles, Listing, Modality, Problem, ProblemKind, Split
+from fedsam_core.data.findings import Opened, fault_of, find_clipped, find_duplicates
+from fedsam_core.data.scans import inspect_scan
+from fedsam_core.data.sources import CaseFiles, Listing, Modality, Problem, Split
 from fedsam_core.data.sources.layouts import list_source
 from fedsam_core.data.sources.nifti import list_site
 from fedsam_core.data.sources.phantom import PhantomConfig, list_phantom
-from fedsam_core.errors import DataError, UnfitMask, UnfitScan, UnreadableScan
+from fedsam_core.errors import DataError
 from fedsam_core.hashing import derive_seed, stable_hash
 from fedsam_core.settings import Settings
 
@@ -242,32 +242,31 @@ def read_cohort(
             has no training case left, or, with `config.strict`, the first case that would be left out.
     """
     listing = list_cohort(config, work_dir, progress, site)
-    problems = list(listing.problems)
-    _stop_if(config.strict, problems)
-    splits = _splits(listing, config)
-    files = sorted(listing.cases, key=lambda files: files.id)
     assert listing.classes is not None  # by list_cohort
     assert listing.modality is not None
+    problems = list(listing.problems)
+    _stop_if(config.strict, problems)
+    files = sorted(listing.cases, key=lambda files: files.id)
     inspect = partial(_inspect, classes=len(listing.classes), merge=listing.merge_labels)
-    cases = []
-    for done, (one, found) in enumerate(zip(files, each(inspect, files), strict=True), start=1):
-        if isinstance(found, ScanFacts):
-            cases.append(_case(one, splits[one.id], found, listing.merge_labels))
-        else:
-            problems.append(Problem(kind=_kind(found), case=one.id, site=one.site, reason=str(found), quarantined=True))
+    opened: list[Opened] = []
+    for done, found in enumerate(each(inspect, files), start=1):
+        if isinstance(found, Problem):
+            problems.append(found)
             _stop_if(config.strict, problems)
+        else:
+            opened.append(found)
         if progress is not None:
             progress("read", done, len(files))
-    problems += find_duplicates(cases)
+    problems += find_duplicates(opened)
     if config.source == "prostate":
-        problems += find_clipped(cases)
+        problems += find_clipped(opened)
     _stop_if(config.strict, problems)
     left_out = {problem.case for problem in problems if problem.quarantined}
-    cases = [case for case in cases if case.id not in left_out]
-    for name in sorted({files.site for files in listing.cases}):
-        if not any(case.site == name and case.split == "train" for case in cases):
-            reason = next((p.reason for p in problems if p.quarantined and p.site == name), "")
-            raise DataError(f"site {name}: no training case can be used; mend them or leave the site out ({reason})")
+    usable = [one for one in opened if one.id not in left_out]
+    for name in sorted({one.site for one in files}):
+        if not any(one.site == name and one.split in ("train", None) for one in usable):
+            raise DataError(_nothing_to_train_on(name, problems))
+    splits = _splits(usable, config)
     return Cohort(
         name=config.name,
         source=config.source,
@@ -275,8 +274,16 @@ def read_cohort(
         classes=listing.classes,
         scored_as=dict(listing.scored_as),
         synthetic=listing.synthetic,
-        cases=tuple(cases),
+        cases=tuple(_case(one, splits[one.id], listing.merge_labels) for one in usable),
         problems=tuple(problems),
+    )
+
+
+def _nothing_to_train_on(site: str, problems: Iterable[Problem]) -> str:
+    reason = next((problem.reason for problem in problems if problem.quarantined and problem.site == site), "")
+    return (
+        f"site {site}: no training case; give it at least one row with split train in sites.csv, or leave the site out"
+        + (f" (of those left out, the first: {reason})" if reason else "")
     )
 
 
@@ -285,20 +292,16 @@ def _stop_if(strict: bool, problems: Iterable[Problem]) -> None:
         raise DataError(first.reason)
 
 
-def _inspect(files: CaseFiles, classes: int, merge: bool) -> ScanFacts | DataError:
+def _inspect(files: CaseFiles, classes: int, merge: bool) -> Opened | Problem:
     """A fault of one case is a value, not an exception: the others go on."""
     try:
-        return inspect_scan(files.image, files.label, classes, merge)
+        return Opened(files, inspect_scan(files.image, files.label, classes, merge))
     except DataError as error:
-        return error
+        return fault_of(files, error)
 
 
-def _kind(error: DataError) -> ProblemKind:
-    kinds: dict[type[DataError], ProblemKind] = {UnreadableScan: "unreadable", UnfitScan: "scan", UnfitMask: "mask"}
-    return kinds.get(type(error), "unreadable")
-
-
-def _case(files: CaseFiles, split: Split, scan: ScanFacts, merge: bool) -> Case:
+def _case(opened: Opened, split: Split, merge: bool) -> Case:
+    files = opened.files
     return Case(
         id=files.id,
         site=files.site,
@@ -306,32 +309,33 @@ def _case(files: CaseFiles, split: Split, scan: ScanFacts, merge: bool) -> Case:
         image=str(files.image),
         label=str(files.label),
         merge_labels=merge,
-        **asdict(scan),
+        **asdict(opened.facts),
     )
 
 
-def _splits(listing: Listing, config: CohortConfig) -> dict[str, Split]:
-    """The split of every case: as given, else test drawn from all of a site; validation drawn from what trains."""
-    splits: dict[str, Split] = {}
-    for site in sorted({files.site for files in listing.cases}):
-        members = [files for files in listing.cases if files.site == site]
-        undecided = [files.id for files in members if files.split is None]
-        n_test = min(max(1, round(config.test_fraction * len(undecided))), len(undecided) - 1) if undecided else 0
-        test = _draw(undecided, n_test, config.split_seed, "test")
-        splits |= {files.id: files.split or ("test" if files.id in test else "train") for files in members}
+def _splits(cases: Sequence[Opened], config: CohortConfig) -> dict[str, Split]:
+    """The split of every case: as given, else test drawn from all of a site; validation drawn from what trains.
 
-        train = [files.id for files in members if splits[files.id] == "train"]
-        if not train:
-            raise DataError(
-                f"site {site}: no training case; give it at least one row with split train in sites.csv, or leave the "
-                "site out"
-            )
-        if any(splits[files.id] == "val" for files in members):
+    A scan that is there twice is never drawn: one copy would be trained on, the other scored.
+    """
+    splits: dict[str, Split] = {}
+    for site in sorted({case.site for case in cases}):
+        members = [case for case in cases if case.site == site]
+        contents = [case.facts.content for case in members]
+        once = {case.id for case in members if contents.count(case.facts.content) == 1}
+        undecided = [case.id for case in members if case.split is None]
+        n_test = min(max(1, round(config.test_fraction * len(undecided))), len(undecided) - 1) if undecided else 0
+        test = _draw(once.intersection(undecided), n_test, config.split_seed, "test")
+        splits |= {case.id: case.split or ("test" if case.id in test else "train") for case in members}
+
+        train = [case.id for case in members if splits[case.id] == "train"]
+        if any(splits[case.id] == "val" for case in members):
             continue  # the site chose its validation cases itself
         n_val = round(config.val_fraction * len(train))
         if config.val_fraction > 0 and len(train) >= 4:
             n_val = max(1, n_val)
-        splits |= dict.fromkeys(_draw(train, min(n_val, len(train) - 1), config.split_seed, "val"), "val")
+        val = _draw(once.intersection(train), min(n_val, len(train) - 1), config.split_seed, "val")
+        splits |= dict.fromkeys(val, "val")
     return splits
 
 

@@ -1,32 +1,43 @@
-"""What only shows when cases are compared: the same scan twice, training on what is tested on, a clipped release.
-
-Pure functions over cases that were opened before; `fedsam_core.data.cohort.Case` is one.
+"""Problems of cases that were opened: what is wrong with one by itself, and what only shows when they are compared: the
+same scan twice, training on what is tested on, a clipped release.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
-from fedsam_core.data.sources import Problem, Split
+from fedsam_core.data.scans import ScanFacts
+from fedsam_core.data.sources import CaseFiles, Problem, ProblemKind, Split
 from fedsam_core.data.sources.tables import some
+from fedsam_core.errors import DataError, UnfitMask, UnfitScan
 
 _RANK: dict[Split | None, int] = {None: 0, "train": 1, "val": 2, "test": 3}
 
 
-class Opened(Protocol):
-    """A case whose files were read. `split` is None where it is yet to be drawn."""
+@dataclass(frozen=True)
+class Opened:
+    """A case whose files were read. Its `split` is None where that is yet to be drawn."""
+
+    files: CaseFiles
+    facts: ScanFacts
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        return self.files.id
+
     @property
-    def site(self) -> str: ...
+    def site(self) -> str:
+        return self.files.site
+
     @property
-    def split(self) -> Split | None: ...
-    @property
-    def content(self) -> str: ...  # SHA-256 of the scan's voxels
-    @property
-    def label_content(self) -> str: ...  # the same of the mask; empty where nothing is labelled
-    @property
-    def labelled_slices(self) -> tuple[int, int]: ...  # slices with a label, and all slices
+    def split(self) -> Split | None:
+        return self.files.split
+
+
+def fault_of(files: CaseFiles, error: DataError) -> Problem:
+    """What opening a case came to: it is left out, and the others go on."""
+    kinds: dict[type[DataError], ProblemKind] = {UnfitScan: "scan", UnfitMask: "mask"}
+    kind = kinds.get(type(error), "unreadable")
+    return Problem(kind=kind, case=files.id, site=files.site, reason=str(error), quarantined=True)
 
 
 def find_duplicates(cases: Iterable[Opened]) -> list[Problem]:
@@ -38,7 +49,7 @@ def find_duplicates(cases: Iterable[Opened]) -> list[Problem]:
     """
     cases = list(cases)
     problems = []
-    for copies in _groups((case.content, case) for case in cases):
+    for copies in _groups((case.facts.content, case) for case in cases):
         kept = max(copies, key=lambda case: _RANK[case.split])  # the first of its split
         for copy in copies:
             if copy is kept:
@@ -55,8 +66,8 @@ def find_duplicates(cases: Iterable[Opened]) -> list[Problem]:
                 problems.append(_about(copy, reason))
             else:
                 problems.append(_about(copy, f"{same}, both {copy.split} cases, so it counts twice; keep one of them"))
-    for sharing in _groups((case.label_content, case) for case in cases):
-        if len({case.content for case in sharing}) < 2:
+    for sharing in _groups((case.facts.label_content, case) for case in cases):
+        if len({case.facts.content for case in sharing}) < 2:
             continue  # the same scan twice has the same mask, and was said above
         reason = (
             f"{some([case.id for case in sharing])}: different scans with voxel for voxel the same mask; a mask copied "
@@ -76,7 +87,7 @@ def find_clipped(cases: Iterable[Opened]) -> list[Problem]:
     for case in cases:
         by_site.setdefault(case.site, []).append(case)
     for site, members in by_site.items():
-        clipped = [case.id for case in members if 0 < case.labelled_slices[1] == case.labelled_slices[0]]
+        clipped = [case.id for case in members if 0 < case.facts.labelled_slices[1] == case.facts.labelled_slices[0]]
         if 2 * len(clipped) >= len(members):
             reason = (
                 f"site {site}: {len(clipped)} of {len(members)} cases have a label in every slice "

@@ -79,8 +79,8 @@ def test_a_run_is_exported_into_its_folder(
         for path in (run, run / "export", run / "export" / "merged", run / "export" / "merged" / "sam.pth"):
             model = load_trained(path)
             mask = segment_scan(model.segmenter, scan, model.slices, model.segmenter.image_size, 16)
-            # The share of the run's file is float16, the scan's voxels are not: a boundary voxel may tip over.
-            assert (mask != expected).mean() < 0.002
+            # To the last bit from the adapter; folding LoRA in changes last bits, and a voxel on an edge may tip over.
+            assert (mask != expected).mean() <= (0 if model.card.merged_sha256 is None else 0.002)
         assert 0.05 < (expected > 0).mean() < 0.5
 
 
