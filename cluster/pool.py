@@ -25,10 +25,11 @@ def each_on_node(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[A
     pinned = NodeAffinitySchedulingStrategy(node_id=here, soft=False)
     apply: Any = ray.remote(_apply)
     shared = ray.put(work)
+    ahead = _AHEAD * _cpus(here)
     waiting: deque[ray.ObjectRef[Any]] = deque()
     try:
         for item in items:
-            if len(waiting) >= _AHEAD * _cpus(here):
+            if len(waiting) >= ahead:
                 yield _result(waiting.popleft())
             waiting.append(apply.options(num_cpus=1, scheduling_strategy=pinned).remote(shared, item))
         while waiting:
@@ -49,6 +50,10 @@ def _result(ref: "ray.ObjectRef[Any]") -> Any:
         if isinstance(error.cause, FedsamError):
             raise error.cause from None
         raise
+    except ray.exceptions.TaskUnschedulableError as error:
+        raise ClusterError(
+            "preparation needs a CPU that Ray may book on the site's node: start it with --num-cpus"
+        ) from error
     except ray.exceptions.RayError as error:
         raise ClusterError(
             f"a task of preparation died ({type(error).__name__}), probably for want of memory: give its node more, or "

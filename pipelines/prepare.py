@@ -6,11 +6,12 @@ that is up to date does nothing.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from secrets import token_hex
+from threading import Lock
 from typing import Any
 
 from cluster.placement import cluster_nodes, plan, preflight
@@ -18,7 +19,7 @@ from cluster.pool import each_on_node
 from cluster.session import ray_session
 from cluster.site import create_sites
 from cluster.store import open_store
-from fedsam_core.data.cohort import Progress, list_cohort
+from fedsam_core.data.cohort import Each, Progress, list_cohort
 from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import DataError, FedsamError
 from fedsam_core.federation.engine import Engine, in_process
@@ -93,7 +94,9 @@ def prepare_sites(config: Config, progress: Progress | None = None) -> PreparedS
         store_opener(config)(location).check()  # before hours are spent on what cannot be kept
     sites = site_names(config, progress)
     specs = cohort_specs(config, sites, location)
-    if (before := prepared_before([CohortSite(spec, store_opener(config)) for spec in specs])) is not None:
+    # From here the sites' disks are seen, unless they are other machines'.
+    here = not on_ray(config) or location.startswith("s3://") or len(cluster_nodes()) == 1
+    if here and (before := prepared_before([CohortSite(spec, store_opener(config)) for spec in specs])) is not None:
         return before
     with _engine(config, sites, specs) as engine:
         return prepare_shares(engine, specs, progress)
@@ -132,10 +135,10 @@ def _engine(config: Config, sites: Sequence[str], specs: Sequence[CohortSpec]) -
     factory: Any = partial(CohortSite, open_store=store_opener(config))
     engine: Engine
     if not on_ray(config):
-        engine = in_process(specs, factory)
+        engine = in_process(specs, partial(factory, each=_one_at_a_time(Lock())))
     else:
-        # The actors only wait for their tasks, which book the CPUs.
-        needs = config.engine.site.model_copy(update={"cpus": 0.0, "gpus": 0.0})
+        # The actors only wait for their tasks, which book the CPUs; but a node without any is no place for them.
+        needs = config.engine.site.model_copy(update={"cpus": 0.001, "gpus": 0.0})
         nodes = cluster_nodes()
         preflight(sites, nodes, needs)
         engine = create_sites(specs, plan(sites, nodes, needs), partial(factory, each=each_on_node))
@@ -143,6 +146,18 @@ def _engine(config: Config, sites: Sequence[str], specs: Sequence[CohortSpec]) -
         yield engine
     finally:
         engine.close()
+
+
+def _one_at_a_time(lock: Lock) -> Each:
+    """`map`, for sites that share a process and its memory: of all of them one scan is held at a time."""
+
+    def each(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        for item in items:
+            with lock:
+                result = work(item)
+            yield result
+
+    return each
 
 
 def run(config: Config) -> None:

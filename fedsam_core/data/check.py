@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fedsam_core.data.findings import Opened, fault_of, find_clipped, find_duplicates
-from fedsam_core.data.geometry import AXES, slice_plane
+from fedsam_core.data.geometry import slice_axis
 from fedsam_core.data.scans import ScanFacts, inspect_scan
 from fedsam_core.data.sources import SPLITS, CaseFiles, Listing, Modality, Problem, Split
 from fedsam_core.data.sources.layouts import detect, list_source
@@ -96,18 +96,16 @@ class _Scan(Opened):
     @property
     def slices_mm(self) -> float:
         """Distance of the slices, as they were acquired."""
-        return max(self._spacing(across=True))
+        return self.facts.spacing[self._across]
 
     @property
     def pixels_mm(self) -> float:
         """Size of a pixel within a slice, the longer side."""
-        return max(self._spacing(across=False))
+        return max(size for axis, size in enumerate(self.facts.spacing) if axis != self._across)
 
-    def _spacing(self, across: bool) -> list[float]:
-        spacing, orientation = self.facts.spacing, self.facts.orientation
-        first = AXES[slice_plane(spacing, orientation)][0]
-        axis = next(pair for pair in ("LR", "AP", "SI") if first in pair)
-        return [size for size, code in zip(spacing, orientation, strict=True) if (code in axis) is across]
+    @property
+    def _across(self) -> int:
+        return slice_axis(self.facts.spacing, self.facts.orientation)
 
 
 def check(
@@ -140,7 +138,7 @@ def check(
         listing = list_source(source, path, sites_csv)
     named = tuple(classes or listing.classes or ())
     scans, faults = _open(listing, len(named) or ANY_CLASS, workers or min(4, os.cpu_count() or 1), progress)
-    problems = [*listing.problems, *faults, *find_duplicates(scans)]
+    problems = [*listing.problems, *faults, *find_duplicates(scan.compared for scan in scans)]
     if source == "prostate":
         problems += find_clipped(scans)
     if not named:

@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from fedsam_core.data.files import write_atomic
 from fedsam_core.data.findings import Opened, fault_of, find_clipped, find_duplicates
 from fedsam_core.data.scans import inspect_scan
 from fedsam_core.data.sources import CaseFiles, Listing, Modality, Problem, Split
@@ -90,20 +89,6 @@ class Cohort(Settings):
     def hash(self) -> str:
         """SHA-256 (hex) over the shares of all sites: whoever knows their hashes knows it, and no case."""
         return cohort_hash({site: self.share_hash(site) for site in self.sites})
-
-    def save(self, path: Path) -> None:
-        """Write as JSON, whole or not at all. Raises DataError if the disk refuses."""
-        write_atomic(path, (self.model_dump_json(indent=1) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. Raises DataError if the file is missing or is no cohort manifest."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise DataError(f"{path}: cannot read the cohort manifest ({error.strerror}); run prepare first") from error
-        except ValidationError as error:
-            raise DataError(f"{path}: not a cohort manifest; run prepare again to write it anew") from error
 
 
 def cohort_hash(shares: Mapping[str, str]) -> str:
@@ -257,13 +242,13 @@ def read_cohort(
             opened.append(found)
         if progress is not None:
             progress("read", done, len(files))
-    problems += find_duplicates(opened)
+    problems += find_duplicates(one.compared for one in opened)
     if config.source == "prostate":
         problems += find_clipped(opened)
     _stop_if(config.strict, problems)
     left_out = {problem.case for problem in problems if problem.quarantined}
     usable = [one for one in opened if one.id not in left_out]
-    for name in sorted({one.site for one in files}):
+    for name in sorted({one.site for one in files} | ({site} if site else set())):
         if not any(one.site == name and one.split in ("train", None) for one in usable):
             raise DataError(_nothing_to_train_on(name, problems))
     splits = _splits(usable, config)
@@ -277,6 +262,22 @@ def read_cohort(
         cases=tuple(_case(one, splits[one.id], listing.merge_labels) for one in usable),
         problems=tuple(problems),
     )
+
+
+def without(cohort: Cohort, problems: Sequence[Problem], strict: bool) -> Cohort:
+    """A cohort with what is found about its cases: those that are quarantined are left out.
+
+    Raises:
+        DataError: no training case is left, or with `strict`, a case is left out.
+    """
+    new = [problem for problem in problems if problem not in cohort.problems]
+    _stop_if(strict, new)
+    left_out = {problem.case for problem in new if problem.quarantined}
+    cases = tuple(case for case in cohort.cases if case.id not in left_out)
+    for site in cohort.sites:
+        if not any(case.site == site and case.split == "train" for case in cases):
+            raise DataError(_nothing_to_train_on(site, new))
+    return cohort.model_copy(update={"cases": cases, "problems": (*cohort.problems, *new)})
 
 
 def _nothing_to_train_on(site: str, problems: Iterable[Problem]) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -533,9 +534,12 @@ def _complete(header: Any) -> None:
         header.PatientSex = ""
 
 
+_ONE_READER = RLock()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' warnings: they repeat odd values of a header, and with them what may be a patient's."""
-    with warnings.catch_warnings():
+    with _ONE_READER, warnings.catch_warnings():  # which is the whole process's: threads take turns
         warnings.simplefilter("ignore")
         yield

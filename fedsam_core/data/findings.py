@@ -14,6 +14,17 @@ _RANK: dict[Split | None, int] = {None: 0, "train": 1, "val": 2, "test": 3}
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What is compared of a case. `split` is None where that is yet to be drawn; an empty content matches no other."""
+
+    id: str
+    site: str
+    split: Split | None
+    content: str
+    label_content: str
+
+
+@dataclass(frozen=True)
 class Opened:
     """A case whose files were read. Its `split` is None where that is yet to be drawn."""
 
@@ -32,6 +43,11 @@ class Opened:
     def split(self) -> Split | None:
         return self.files.split
 
+    @property
+    def compared(self) -> Compared:
+        """What is compared of it."""
+        return Compared(self.id, self.site, self.split, self.facts.content, self.facts.label_content)
+
 
 def fault_of(files: CaseFiles, error: DataError) -> Problem:
     """What opening a case came to: it is left out, and the others go on."""
@@ -40,7 +56,7 @@ def fault_of(files: CaseFiles, error: DataError) -> Problem:
     return Problem(kind=kind, case=files.id, site=files.site, reason=str(error), quarantined=True)
 
 
-def find_duplicates(cases: Iterable[Opened]) -> list[Problem]:
+def find_duplicates(cases: Iterable[Compared]) -> list[Problem]:
     """The same scan under several names, and the same mask on several scans.
 
     Of a scan that serves for several splits, the copies outside the strictest one (test, then val) are quarantined:
@@ -49,7 +65,7 @@ def find_duplicates(cases: Iterable[Opened]) -> list[Problem]:
     """
     cases = list(cases)
     problems = []
-    for copies in _groups((case.facts.content, case) for case in cases):
+    for copies in _groups((case.content, case) for case in cases):
         kept = max(copies, key=lambda case: _RANK[case.split])  # the first of its split
         for copy in copies:
             if copy is kept:
@@ -66,8 +82,8 @@ def find_duplicates(cases: Iterable[Opened]) -> list[Problem]:
                 problems.append(_about(copy, reason))
             else:
                 problems.append(_about(copy, f"{same}, both {copy.split} cases, so it counts twice; keep one of them"))
-    for sharing in _groups((case.facts.label_content, case) for case in cases):
-        if len({case.facts.content for case in sharing}) < 2:
+    for sharing in _groups((case.label_content, case) for case in cases):
+        if len({case.content for case in sharing}) < 2:
             continue  # the same scan twice has the same mask, and was said above
         reason = (
             f"{some([case.id for case in sharing])}: different scans with voxel for voxel the same mask; a mask copied "
@@ -98,16 +114,16 @@ def find_clipped(cases: Iterable[Opened]) -> list[Problem]:
     return problems
 
 
-def _groups(keyed: Iterable[tuple[str, Opened]]) -> list[Sequence[Opened]]:
+def _groups(keyed: Iterable[tuple[str, Compared]]) -> list[Sequence[Compared]]:
     """Cases that share a key, in their order; an empty key is shared by nobody."""
-    groups: dict[str, list[Opened]] = {}
+    groups: dict[str, list[Compared]] = {}
     for key, case in keyed:
         if key:
             groups.setdefault(key, []).append(case)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _about(case: Opened, reason: str, leak: bool = False) -> Problem:
+def _about(case: Compared, reason: str, leak: bool = False) -> Problem:
     return Problem(
         kind="leakage" if leak else "duplicate", case=case.id, site=case.site, reason=reason, quarantined=leak
     )

@@ -47,6 +47,12 @@ def slice_plane(spacing: Sequence[float], orientation: str) -> Plane:
     return _PLANE_ACROSS[orientation[coarsest]] if spacing[coarsest] > 1.01 * max(others) else "axial"
 
 
+def slice_axis(spacing: Sequence[float], orientation: str) -> int:
+    """The scan's axis that runs across the slices of `slice_plane`: 0, 1 or 2."""
+    plane = slice_plane(spacing, orientation)
+    return next(axis for axis, code in enumerate(orientation) if _PLANE_ACROSS[code] == plane)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The way from a scan's grid [X, Y, Z] to prepared slices [D, H, W] and back.

@@ -299,15 +299,23 @@ def _prepare_case(item: tuple[Case, bool], cohort: Cohort, config: PreprocessCon
 
 
 def _stored_geometry(data: bytes) -> dict[str, Any] | None:
-    """Geometry in the header of a finished case; None if it is damaged."""
+    """Geometry in the header of a finished case; None if anything in the file is not as it was written."""
     try:
-        load(data)
+        tensors = load(data)
         length = int.from_bytes(data[:8], "little")
         about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fedsam"])
         geometry: dict[str, Any] = about["geometry"]
-        return geometry
-    except (SafetensorError, ValueError, KeyError):
+        return geometry if about["sha256"] == _digest(tensors, geometry) else None
+    except (SafetensorError, ValueError, KeyError, TypeError):
         return None
+
+
+def _digest(tensors: dict[str, npt.NDArray[Any]], geometry: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a prepared case, kept in its own file for whoever finds it without a manifest."""
+    digest = hashlib.sha256(json.dumps(geometry, sort_keys=True).encode())
+    for name in ("image", "label"):
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
 
 
 def _encode_case(case: Case, cohort: Cohort, config: PreprocessConfig) -> tuple[dict[str, Any], bytes]:
@@ -328,7 +336,7 @@ def _encode_case(case: Case, cohort: Cohort, config: PreprocessConfig) -> tuple[
     tensors["label"] = np.ascontiguousarray(geometry.to_slices(label.voxels, order=0))
     written = geometry.to_dict()
     # One entry, because safetensors writes several in any order: two that prepare at once must write the same bytes.
-    about = json.dumps({"case": case.id, "geometry": written}, sort_keys=True)
+    about = json.dumps({"case": case.id, "geometry": written, "sha256": _digest(tensors, written)}, sort_keys=True)
     return written, save(tensors, {"fedsam": about})
 
 

@@ -18,6 +18,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
+from fedsam_core.data.geometry import slice_axis
 from fedsam_core.errors import UnfitMask, UnfitScan, UnreadableScan
 
 AFFINE_TOLERANCE = 0.1  # voxels by which a mask may lie off its scan: headers round to float32 and mix sform and qform
@@ -124,13 +125,13 @@ def inspect_scan(image_path: Path, label_path: Path, classes: int, merge: bool =
     image = read_image(image_path)
     label = read_label(label_path, image, image_path, classes, merge)
     x, y, z = image.voxels.shape
-    across = int(np.argmax(image.spacing))
+    across = slice_axis(image.spacing, image.orientation)
     shown = np.asarray(label.voxels.any(axis=tuple(axis for axis in range(3) if axis != across)))
     return ScanFacts(
         shape=(x, y, z),
         spacing=image.spacing,
         orientation=image.orientation,
-        label_values=tuple(value for value in range(classes + 1) if (label.voxels == value).any()),
+        label_values=tuple(np.flatnonzero(sum(np.bincount(p.ravel(), minlength=256) for p in label.voxels)).tolist()),
         labelled_slices=(int(shown.sum()), len(shown)),
         intensity=intensities(image.voxels),
         image_sha256=image.sha256,

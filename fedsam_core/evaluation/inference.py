@@ -39,7 +39,7 @@ def predict_volume(
     batch_size: int,
     autocast: torch.dtype | None = None,
 ) -> Probabilities:
-    """Class probabilities of a prepared volume.
+    """Class probabilities of a prepared volume: what `segment_scan` computes piece by piece, in one piece.
 
     The result is held in full, 4 bytes a voxel and class: 1.7 GB for 512 x 512 x 548 voxels and two classes. For a
     label map use `segment_scan`, which streams.
@@ -135,6 +135,8 @@ def save_segmentation(label_map: Array, case: Case, path: Path) -> None:
     header["cal_min"] = header["cal_max"] = 0  # the display window of the scan would hide the labels
     header["descrip"] = b"fedsam segmentation"
     header.extensions.clear()  # they may hold the DICOM header, and with it the patient's name
+    header["db_name"] = header["aux_file"] = b""  # so may these
+    header.set_intent("none")
     data = kind(label_map.astype(np.uint8), None, header).to_bytes()
     # Level 9, the default, takes minutes for a noisy mask and saves nothing.
     write_atomic(path, gzip.compress(data, compresslevel=6, mtime=0) if path.suffix == ".gz" else data)

@@ -6,18 +6,18 @@ histogram is seen in the open. Read `prepare_shares` first; an engine carries it
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedsam_core.data.cohort import Cohort, CohortConfig, Each, Progress, cohort_hash, list_cohort, read_cohort
-from fedsam_core.data.preprocess import MANIFEST, PreparedCohort, PreprocessConfig, prepare
-from fedsam_core.data.sources import Listing, Modality
+from fedsam_core.data.cohort import Cohort, CohortConfig, Each, Progress, cohort_hash, list_cohort, read_cohort, without
+from fedsam_core.data.findings import Compared, find_duplicates
+from fedsam_core.data.preprocess import FORMAT, MANIFEST, PreparedCohort, PreprocessConfig, prepare
+from fedsam_core.data.sources import Listing, Modality, Problem
 from fedsam_core.data.survey import BINS, PLANES, Survey, take_survey
 from fedsam_core.errors import ConfigError, DataError, FedsamError, RoundError
 from fedsam_core.federation.engine import Engine
@@ -30,6 +30,7 @@ from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM, Attempt, default_th
 from fedsam_core.secagg.keys import Roster
 from fedsam_core.secagg.layout import Lane, VectorLayout
 from fedsam_core.secagg.record import Chain
+from fedsam_core.secagg.refusals import OtherAttempt
 from fedsam_core.store import OpenStore, folder_store
 
 STEP_SECONDS = 1.0  # how long a site works before it says how far it is
@@ -102,7 +103,7 @@ class CohortSite(SummingSite):
         super().__init__(spec)
         self._open_store = open_store
         self._each = each
-        self._roster_hash = ""
+        self._roster_hash: str | None = None  # known once this node's policy was read, before anything is told
         self._work: Future[None] | None = None
         self._stage = ("", 0, 0)
         self._stop = threading.Event()
@@ -119,7 +120,7 @@ class CohortSite(SummingSite):
         """
         spec = self.spec
         listing = list_cohort(spec.cohort, spec.work_dir, self._note, spec.site)
-        how = [spec.cohort.model_dump(mode="json"), spec.preprocess.model_dump(mode="json"), spec.sites]
+        how = [FORMAT, spec.cohort.model_dump(mode="json"), spec.preprocess.model_dump(mode="json"), spec.sites]
         self._made_from = stable_hash([_fingerprint(listing), how])
         store = self._open_store(spec.store)
         if not store.exists(MANIFEST):
@@ -148,6 +149,26 @@ class CohortSite(SummingSite):
 
         self._begin(work)
 
+    def contents(self) -> list[dict[str, Any]]:
+        """What tells this site's scans from those of others: `Compared` of each, where all lie in one folder anyway.
+
+        Raises:
+            ConfigError: sites have folders of their own; then nobody is told what is in them.
+        """
+        if self.spec.cohort.sites is not None:
+            raise ConfigError("sites with folders of their own do not compare their scans")
+        return [asdict(Compared(c.id, c.site, c.split, c.content, c.label_content)) for c in self._known.cases]
+
+    def leave_out(self, problems: Sequence[Mapping[str, Any]]) -> None:
+        """Takes note of what comparing the sites' scans has shown.
+
+        Raises:
+            DataError: no training case is left, or the cohort is strict.
+        """
+        found = [Problem.model_validate(problem) for problem in problems]
+        self._cohort = without(self._known, found, self.spec.cohort.strict)
+        self._prepared = None
+
     def count(self) -> None:
         """Begins to count what the cohort settles as a whole."""
 
@@ -163,11 +184,13 @@ class CohortSite(SummingSite):
         Raises:
             FedsamError: what went wrong with it.
         """
-        assert self._work is not None  # read or prepare was called before
-        with suppress(TimeoutError):
-            self._work.result(seconds)
+        if self._work is None:
+            raise RoundError(f"site {self.spec.site} has nothing under way (it may have been restarted)")
+        finished, _ = wait([self._work], seconds)
+        if finished:
+            self._work.result()
         stage, done, total = self._stage
-        return {"finished": self._work.done(), "stage": stage, "done": done, "total": total}
+        return {"finished": bool(finished), "stage": stage, "done": done, "total": total}
 
     def stop(self) -> None:
         """Ends what is under way at the next case; what is finished is kept."""
@@ -179,14 +202,14 @@ class CohortSite(SummingSite):
         return {"modality": self._known.modality, "config": config}
 
     def open(self) -> dict[str, str]:
-        """For a secure sum: this site's public key, and the hash of the roster that it pins.
+        """Before any sum: this site's public key, and the hash of the roster that it pins.
 
         Raises:
             SecureSumError: the roster or this site's key cannot be used, or the site's policy forbids the sum.
         """
         with self._logged("open"):
-            self._roster_hash = self._identify()
-        return {"identity": self._identity.public.hex(), "roster_hash": self._roster_hash}
+            roster_hash = self._roster_hash = self._identify()
+        return {"identity": self._identity.public.hex(), "roster_hash": roster_hash}
 
     def survey(self, delivered: bytes) -> bytes:
         """Contributes this share's counts to the masked sum."""
@@ -198,6 +221,7 @@ class CohortSite(SummingSite):
     def tell(self) -> dict[str, Any]:
         """The counts in the open: planes always (which way most scans are sliced says little), the histogram only where
         the configuration allows sums in the open."""
+        _ = self._pinned
         histogram = self.spec.preprocess.asks_for_histogram(self._known.modality)
         if histogram and self.spec.federation.secure_sum != "plain":
             raise ConfigError("this site tells no histogram in the open: set federation.secure_sum=plain knowingly")
@@ -206,7 +230,8 @@ class CohortSite(SummingSite):
     def describe(self) -> dict[str, Any]:
         """What the driver may know of the finished share."""
         prepared = self._prepared
-        assert prepared is not None  # prepare was finished before
+        if prepared is None:
+            raise RoundError(f"site {self.spec.site} has prepared nothing (it may have been restarted)")
         cohort, site = prepared.cohort, self.spec.site
         spacings = sorted(case.spacing for case in cohort.cases)
         return {
@@ -223,6 +248,13 @@ class CohortSite(SummingSite):
         if self._cohort is None:
             raise RoundError(f"site {self.spec.site} has not read its scans (it may have been restarted)")
         return self._cohort
+
+    @property
+    def _pinned(self) -> str:
+        """Hash of the roster, of a site that has read its policy."""
+        if self._roster_hash is None:
+            raise RoundError(f"site {self.spec.site} is not open (it may have been restarted)")
+        return self._roster_hash
 
     @property
     def _counted(self) -> Survey:
@@ -250,20 +282,26 @@ class CohortSite(SummingSite):
     def _lanes(self, task: Task) -> VectorLayout:
         if task != TASK:
             raise RoundError(f"site {self.spec.site} prepares scans: it has nothing to say about {task.purpose}")
-        return survey_layout(len(self.spec.sites), self.spec.federation.min_contributors)
+        return survey_layout(len(self.spec.sites))
 
     def _signed(self, task: Task, layout: VectorLayout) -> dict[str, str]:
-        return {"config_hash": self.spec.settings_hash(self._roster_hash), "layout_hash": _sum_hash(layout)}
+        return {"config_hash": self.spec.settings_hash(self._pinned), "layout_hash": _sum_hash(layout)}
+
+    def _compare(self, attempt: Attempt, task: Task, layout: VectorLayout) -> None:
+        super()._compare(attempt, task, layout)
+        if attempt.round or attempt.model_hash:  # a second name for the same question
+            raise OtherAttempt(f"site {self.spec.site} refuses a survey of a round or of a global state: it is of none")
 
 
-def survey_layout(sites: int, min_contributors: int) -> VectorLayout:
-    """The lanes of a survey's sum."""
+def survey_layout(sites: int) -> VectorLayout:
+    """The lanes of a survey's sum. All sites must be in it: counts of some would settle for all, and what a second sum
+    adds would be a site's own."""
     lanes = (
         Lane("planes", len(PLANES), float(_DIGIT)),
         Lane("histogram/low", BINS, float(_DIGIT)),
         Lane("histogram/high", BINS, float(_DIGIT)),
     )
-    return VectorLayout(lanes, max_sites=sites, min_contributors=min_contributors)
+    return VectorLayout(lanes, max_sites=sites, min_contributors=sites)
 
 
 def digits(counts: Survey) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
@@ -320,6 +358,8 @@ def prepare_shares(engine: Engine, specs: Sequence[CohortSpec], progress: Progre
             if len(modalities) > 1:
                 raise DataError(f"sites hold {' and '.join(sorted(modalities))} scans: set cohort.modality")
             modality = modalities.pop()
+            if specs[0].cohort.sites is None:
+                _compare_scans(call)
             if not specs[0].preprocess.is_resolved(modality):
                 call.all("count")
                 call.until_finished(progress)
@@ -332,6 +372,15 @@ def prepare_shares(engine: Engine, specs: Sequence[CohortSpec], progress: Progre
         raise
 
 
+def _compare_scans(call: "_Caller") -> None:
+    """Finds scans that several sites hold, which no site can see by itself."""
+    told = [Compared(**one) for contents in call.all("contents").values() for one in contents]
+    found = find_duplicates(told)
+    of = {case.id: case.site for case in told}
+    sites = {site: [p.model_dump(mode="json") for p in found if of[p.case] == site] for site in set(of.values())}
+    call.each("leave_out", {site: {"problems": problems} for site, problems in sites.items() if problems})
+
+
 class _Caller:
     """Asks all sites, or raises."""
 
@@ -340,7 +389,10 @@ class _Caller:
         self._deadline = deadline
 
     def all(self, method: str, **keywords: Any) -> dict[str, Any]:
-        replies, lost = self._engine.call(method, dict.fromkeys(self._engine.sites, keywords), self._deadline)
+        return self.each(method, dict.fromkeys(self._engine.sites, keywords))
+
+    def each(self, method: str, keywords: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        replies, lost = self._engine.call(method, keywords, self._deadline)
         if lost:
             raise DataError("; ".join(f"site {site} cannot be prepared: {why}" for site, why in sorted(lost.items())))
         return replies
@@ -371,6 +423,7 @@ def _settle(engine: Engine, call: _Caller, spec: CohortSpec, modality: Modality)
             f"preprocess.ct_window=auto needs a secure sum over at least {SMALLEST_PRIVATE_SUM} sites, here are "
             f"{len(spec.sites)}: give a window in HU, like [-160, 240], or set federation.secure_sum=plain"
         )
+    call.all("open")
     told = call.all("tell")
     counts = [Survey(np.asarray(reply["planes"]), np.asarray(reply["histogram"])) for reply in told.values()]
     return config.resolve(sum(counts[1:], counts[0]), modality)
@@ -383,7 +436,7 @@ def secure_survey(engine: Engine, spec: CohortSpec) -> Survey:
         RoundError: a site was lost or refused, in every attempt: counts of some sites would settle for all.
     """
     federation = spec.federation
-    layout = survey_layout(len(spec.sites), federation.min_contributors)
+    layout = survey_layout(len(spec.sites))
     replies, lost = engine.call("open", {site: {} for site in engine.sites}, federation.deadline_s)
     failed = [f"site {site}: {why}" for site, why in lost.items()]
     if len({reply["roster_hash"] for reply in replies.values()}) > 1:

@@ -27,7 +27,7 @@ class LearningConfig(Settings):
         0.1,
         ge=0,
         le=1,
-        description="share of the slices of a batch that hold no structure; all others show one",
+        description="share of the slices of a round that hold no structure; all others show one",
     )
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm of a step; 0 leaves gradients alone")
     precision: Literal["auto", "fp32", "bf16"] = Field(

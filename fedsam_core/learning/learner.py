@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -130,17 +131,22 @@ class Learner:
         return float(loss.detach()), _overlap(logits.detach(), labels)
 
     def _draw_batches(self, rng: np.random.Generator) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """Slice indices of every step: `empty_share` of them without any structure, the others with one.
+        """Slice indices of every step: of all of them `empty_share` without any structure, the others with one.
 
-        Both are drawn without replacement until a pool is exhausted, then shuffled again. A site that has slices of one
-        kind only fills its batches with them.
+        Where the share of a batch is no whole number of slices it is met over the steps. Both kinds are drawn without
+        replacement until a pool is exhausted, then shuffled again. A site that has slices of one kind only fills its
+        batches with them.
         """
         size, steps = min(self.config.batch_size, len(self.dataset)), self.config.local_steps
-        empty = round(size * self.config.empty_share) if len(self._foreground) else size
-        empty = empty if len(self._empty) else 0
-        shown = _endless(self._foreground, (size - empty) * steps, rng).reshape(steps, -1)
-        bare = _endless(self._empty, empty * steps, rng).reshape(steps, -1)
-        return list(np.concatenate([shown, bare], axis=1))
+        share = self.config.empty_share if len(self._foreground) else 1.0
+        share = share if len(self._empty) else 0.0
+        until = [round(step * size * share) for step in range(steps + 1)]  # empty slices before each step
+        bare = _endless(self._empty, until[-1], rng)
+        shown = _endless(self._foreground, size * steps - until[-1], rng)
+        return [
+            np.concatenate([shown[size * step - begin : size * (step + 1) - end], bare[begin:end]])
+            for step, (begin, end) in enumerate(pairwise(until))
+        ]
 
 
 def _overlap(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -73,16 +73,6 @@ def test_hash_follows_content_not_place(decathlon: Path, tmp_path: Path, save) -
     assert read(tmp_path / "elsewhere").hash != cohort.hash
 
 
-def test_manifest_round_trip(decathlon: Path, tmp_path: Path) -> None:
-    cohort = read(decathlon)
-    cohort.save(tmp_path / "deep" / "cohort.json")
-    assert Cohort.load(tmp_path / "deep" / "cohort.json") == cohort
-    (tmp_path / "bad.json").write_text('{"name": 1}')
-    for name, word in (("bad.json", "not a cohort manifest"), ("none.json", "run prepare")):
-        with pytest.raises(DataError, match=word):
-            Cohort.load(tmp_path / name)
-
-
 def test_nnunet_layout(decathlon: Path) -> None:
     for image in list((decathlon / "imagesTr").iterdir()):
         image.rename(image.with_name(image.name.replace(".nii.gz", "_0000.nii.gz")))

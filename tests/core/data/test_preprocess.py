@@ -165,6 +165,20 @@ def test_damage_is_found_on_reading_and_mended_by_preparing_again(cohort: Cohort
         prepared.load("zz")
 
 
+def test_damage_is_not_taken_over_when_something_else_is_prepared_anew(
+    cohort: Cohort, decathlon: Path, tmp_path: Path, save
+) -> None:
+    store = LocalStore(tmp_path / "p")
+    good = prepare(cohort, PreprocessConfig(), store).load("a0").image
+    file = next((tmp_path / "p/cases").glob("a0.*"))
+    data = bytearray(file.read_bytes())
+    data[-2000] ^= 64
+    file.write_bytes(data)
+    save(decathlon / "labelsTr/a1.nii.gz", np.ones((12, 10, 8), np.uint8))
+    changed = read_cohort(CohortConfig(name="t", source="nifti", path=decathlon), decathlon)
+    np.testing.assert_array_equal(prepare(changed, PreprocessConfig(), store).load("a0").image, good)
+
+
 def test_broken_manifest(tmp_path: Path) -> None:
     (tmp_path / "cohort.json").write_text("{}")
     with pytest.raises(DataError, match=r"cohort.json: not a readable manifest; delete it and run prepare again"):

@@ -16,7 +16,10 @@ from fedsam_core.errors import ConfigError, DataError, RoundError
 from fedsam_core.federation import preparation
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import InProcessEngine, in_process
+from fedsam_core.federation.lanes import attempt_to_json
 from fedsam_core.federation.preparation import CohortSite, CohortSpec, PreparedSites, prepare_shares
+from fedsam_core.secagg.attempt import Attempt
+from fedsam_core.secagg.refusals import OtherAttempt
 from fedsam_core.store import LocalStore
 
 SITES = ("north", "south", "west")
@@ -154,6 +157,9 @@ def test_no_site_tells_its_histogram(hospitals: Path, tmp_path: Path) -> None:
     site.advance(60)
     site.count()
     site.advance(60)
+    with pytest.raises(RoundError, match="is not open"):
+        site.tell()
+    site.open()
     with pytest.raises(ConfigError, match="tells no histogram in the open"):
         site.tell()
 
@@ -242,6 +248,92 @@ def test_statistics_of_some_sites_do_not_settle_for_all(
     monkeypatch.setattr(CohortSite, "survey", survey)
     with pytest.raises(RoundError, match=r"statistics cannot be summed: .*west: ConnectionError: the cable"):
         prepared_by(specs_of(config_of(hospitals), tmp_path))
+
+
+def test_a_sites_own_policy_holds_in_preparation_too(
+    hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "policy.yaml").write_text("masked_only: true")
+    monkeypatch.setenv("FEDSAM_SITE_POLICY", str(tmp_path / "policy.yaml"))
+    specs = specs_of(config_of(hospitals), tmp_path, secure_sum="plain")
+    with pytest.raises(DataError, match="AgainstPolicy: this site takes part in masked sums only"):
+        prepared_by(specs)
+
+
+def test_a_survey_is_opened_for_all_sites_or_not_at_all(
+    hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site that is late once: nothing is opened without it, and the second attempt goes through."""
+    original: Callable[..., bytes] = CohortSite.survey
+    late = []
+
+    def survey(self: CohortSite, delivered: bytes) -> bytes:
+        if self.spec.site == "west" and not late:
+            late.append(True)
+            raise TimeoutError("late")
+        return original(self, delivered)
+
+    monkeypatch.setattr(CohortSite, "survey", survey)
+    opened_for: list[Any] = []
+    unmask = CohortSite.unmask
+    monkeypatch.setattr(
+        CohortSite,
+        "unmask",
+        lambda self, confirmations: (opened_for.append(self.spec.site), unmask(self, confirmations))[1],
+    )
+    sites = prepared_by(specs_of(config_of(hospitals), tmp_path))
+    assert late
+    assert sorted(opened_for) == sorted(SITES)
+    pooled = take_survey(read_cohort(config_of(hospitals), tmp_path), histogram=True)
+    assert sites.config.ct_window == pooled.window((0.5, 99.5))
+
+
+@pytest.mark.parametrize("other", [{"model_hash": "aa"}, {"round": 1}])
+def test_the_same_survey_has_no_second_name(hospitals: Path, tmp_path: Path, other: dict[str, Any]) -> None:
+    """Else a driver could have it opened for other sites each time, and take the difference."""
+    specs = specs_of(config_of(hospitals), tmp_path)
+    site = CohortSite(specs[0])
+    site.open()
+    layout = preparation.survey_layout(len(SITES))
+    fields = {"run": "t", "round": 0, "attempt": 1, "model_hash": "", "sites": SITES, "threshold": 3}
+    fields |= {"config_hash": specs[0].settings_hash(""), "layout_hash": preparation._sum_hash(layout)}
+    attempt = Attempt(**(fields | other))
+    with pytest.raises(OtherAttempt, match="refuses a survey of a round or of a global state"):
+        site.advertise(attempt_to_json(attempt), preparation.TASK.model_dump())
+
+
+def test_a_scan_of_two_sites_is_noticed_where_all_lie_in_one_folder(hospitals: Path, tmp_path: Path) -> None:
+    rows = [f"case{i},{site},{'test' if i == 5 else 'train'}" for site in SITES for i in range(6)]
+    (hospitals / "sites.csv").write_text("\n".join(["case,site,split", *rows]))
+    shutil.copy(hospitals / "west" / "case5.nii.gz", hospitals / "south" / "case0.nii.gz")
+    config = CohortConfig(name="t", path=hospitals, modality="ct", classes=("organ", "lesion"), val_fraction=0)
+    specs = [
+        spec.model_copy(update={"cohort": config, "site": site, "sites": SITES})
+        for spec, site in zip(specs_of(config_of(hospitals), tmp_path), SITES, strict=True)
+    ]
+    sites = prepared_by(specs)
+    (leak,) = [problem for problem in sites.described.problems if problem.kind == "leakage"]
+    assert (leak.site, leak.case, leak.quarantined) == ("south", "south_case0", True)
+    assert sites.shares["south"]["cases"] == {"train": 4, "val": 0, "test": 1}
+    assert sites.hash == read_cohort(config, tmp_path).hash
+    again = prepared_by([spec.model_copy(update={"run": "again"}) for spec in specs])
+    assert again == sites
+
+
+def test_a_site_whose_every_case_is_faulty_is_named(hospitals: Path, tmp_path: Path) -> None:
+    for mask in (hospitals / "south").glob("*_seg.nii.gz"):
+        mask.unlink()
+    with pytest.raises(DataError, match=r"site south cannot be prepared: site south: no training case.*no mask"):
+        prepared_by(specs_of(config_of(hospitals), tmp_path))
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_another_format_is_prepared_anew(hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = specs_of(config_of(hospitals), tmp_path)
+    prepared_by(specs)
+    assert preparation.prepared_before([CohortSite(spec) for spec in specs]) is not None
+    monkeypatch.setattr(preparation, "FORMAT", preparation.FORMAT + 1)
+    assert preparation.prepared_before([CohortSite(spec) for spec in specs]) is None
 
 
 def test_sites_that_were_told_otherwise_refuse(hospitals: Path, tmp_path: Path) -> None:
