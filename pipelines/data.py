@@ -83,6 +83,8 @@ def show(report: Report, as_json: bool) -> None:
     splits = ("train", "val", "test", *(["undecided"] if drawn else []))
     columns = ("site", "\n".join(splits), "left\nout", "slices\nmm", "pixels\nmm", "axes", "labels", "voxels")
     rows = [_row(name, site, splits) for name, site in report.sites.items()]
+    if homeless := sum(bool(problem.case and not problem.site) for problem in report.quarantined):
+        rows.append(("?", "", homeless, "", "", "", "", ""))  # only a row of the table would say whose they are
     console.out.print(console.table(console.plain(title), columns, rows))
     for kind, problems in (
         ("left out", [problem for problem in report.problems if problem.quarantined]),
@@ -132,8 +134,9 @@ def _grouped(problems: Sequence[Problem]) -> Iterator[str]:
     """The problems, those that say the same of different cases together."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
-        words = problem.reason.replace(problem.case, "*") if problem.case else problem.reason
-        groups.setdefault(re.sub(r"\S*/\S*|[\d.]+", "*", words), []).append(problem)
+        own = [rf"\b{re.escape(name)}\b" for name in (problem.case, problem.site) if name]
+        words = re.sub("|".join([r"\S*/\S*", *own, r"[\d.]+"]), "*", problem.reason)
+        groups.setdefault(words, []).append(problem)
     for first, *others in groups.values():
         line = " ".join(first.reason.split())
         if others:

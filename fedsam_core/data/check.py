@@ -301,7 +301,7 @@ def _cohort(
 ) -> dict[str, Any]:
     """Settings that read this cohort; what the layout says for itself is left out."""
     folder = os.path.abspath(path)
-    settings: dict[str, Any] = {"name": re.sub(r"[^\w.-]+", "-", Path(folder).name).lstrip("-.") or source}
+    settings: dict[str, Any] = {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", Path(folder).name).strip("-._") or source}
     if site is None:
         settings |= {"source": source, "path": folder}
         if sites_csv is not None:

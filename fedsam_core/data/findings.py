@@ -78,8 +78,9 @@ def find_duplicates(cases: Iterable[Compared]) -> list[Problem]:
                 )
                 problems.append(_about(copy, reason, leak=True))
             elif copy.split is None:
-                reason = f"{same}, and the drawn split may train on one and test on the other; keep one of them"
-                problems.append(_about(copy, reason))
+                problems.append(
+                    _about(copy, f"{same}, so it counts twice where the splits are drawn; keep one of them")
+                )
             else:
                 problems.append(_about(copy, f"{same}, both {copy.split} cases, so it counts twice; keep one of them"))
     for sharing in _groups((case.label_content, case) for case in cases):
