@@ -13,6 +13,7 @@ read together as one cohort.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -154,6 +155,11 @@ class PreparedCohort:
                     f"{store.url}: prepared with other settings or classes than the rest; run prepare again"
                 )
         cohorts = [manifest.cohort for _, manifest in shares]
+        names = Counter(case.id for cohort in cohorts for case in cohort.cases)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise DataError(
+                f"{first.cohort.name}: two sites have a case {twice[0]}: rename a site, or the case's files"
+            )
         self.cohort = first.cohort.model_copy(
             update={
                 "cases": tuple(sorted((case for c in cohorts for case in c.cases), key=lambda case: case.id)),

@@ -328,6 +328,15 @@ def test_a_site_whose_every_case_is_faulty_is_named(hospitals: Path, tmp_path: P
     assert not (tmp_path / "prepared").exists()
 
 
+def test_cases_of_one_name_at_two_sites_are_told_apart(hospitals: Path, tmp_path: Path) -> None:
+    (hospitals / "west").rename(hospitals / "north_a")
+    for file in (hospitals / "north").iterdir():
+        file.rename(file.with_name(f"a_{file.name}"))
+    sites = prepared_by(specs_of(config_of(hospitals, ("north", "north_a", "south")), tmp_path))
+    with pytest.raises(DataError, match="two sites have a case north_a_case0: rename a site"):
+        opened(sites)
+
+
 def test_another_format_is_prepared_anew(hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = specs_of(config_of(hospitals), tmp_path)
     prepared_by(specs)
