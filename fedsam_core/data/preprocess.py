@@ -157,9 +157,7 @@ class PreparedCohort:
         cohorts = [manifest.cohort for _, manifest in shares]
         names = Counter(case.id for cohort in cohorts for case in cohort.cases)
         if twice := [name for name, count in names.items() if count > 1]:
-            raise DataError(
-                f"{first.cohort.name}: two sites have a case {twice[0]}: rename a site or the case's files"
-            )
+            raise DataError(f"{first.cohort.name}: two sites have a case {twice[0]}: rename a site or the case's files")
         self.cohort = first.cohort.model_copy(
             update={
                 "cases": tuple(sorted((case for c in cohorts for case in c.cases), key=lambda case: case.id)),
