@@ -32,6 +32,8 @@ def whole_folder(folder: Path, marker: str, what: str) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
         yield part
+        for file in part.iterdir():  # some writers leave 0600, which hides the file from a colleague on the machine
+            file.chmod(0o644)
         if folder.exists():
             folder.rename(old)
         part.rename(folder)

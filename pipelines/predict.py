@@ -258,6 +258,8 @@ def find_scans(path: Path) -> list[Path]:
                 f"{path}: not a NIfTI file (.nii.gz, .nii); of a DICOM series, give the folder that holds its files"
             )
         return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: neither a file nor a folder; give a NIfTI file, a DICOM series or a folder of scans")
     if is_series(path):
         return [path]
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))

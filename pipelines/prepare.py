@@ -90,8 +90,9 @@ def prepare_sites(config: Config, progress: Progress | None = None) -> PreparedS
         FedsamError: naming the file, row or site that is wrong, and the fix.
     """
     location = prepared_location(config)
+    store = store_opener(config)(location)  # an address that is none is an error now
     if location.startswith("s3://"):
-        store_opener(config)(location).check()  # before hours are spent on what cannot be kept
+        store.check()  # before hours are spent on what cannot be kept
     sites = site_names(config, progress)
     specs = cohort_specs(config, sites, location)
     # From here the sites' disks are seen, unless they are other machines'.

@@ -58,6 +58,10 @@ def guarded(work: Callable[[], None]) -> int:
     except FedsamError as error:
         console.err.print(f"[bold red]error:[/] {console.plain(' '.join(str(error).split()))}")
         return FAILED
+    except PermissionError as error:
+        where = console.plain(str(error.filename or "a file"))
+        console.err.print(f"[bold red]error:[/] {where}: {error.strerror}; check the rights of the file and its folder")
+        return FAILED
     except KeyboardInterrupt:
         console.err.print("interrupted")
         return INTERRUPTED

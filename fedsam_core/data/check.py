@@ -137,6 +137,8 @@ def check(
         source = source or detect(path)
         listing = list_source(source, path, sites_csv)
     named = tuple(classes or listing.classes or ())
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise DataError(f"{path}: class {twice} is there twice; give each label value a name of its own")
     scans, faults = _open(listing, len(named) or ANY_CLASS, workers or min(4, os.cpu_count() or 1), progress)
     problems = [*listing.problems, *faults, *find_duplicates(scan.compared for scan in scans)]
     if source == "prostate":
@@ -229,7 +231,7 @@ def _masks(usable: Sequence[_Scan], classes: Sequence[str]) -> list[Problem]:
             kind="mask",
             case=scan.id,
             site=scan.site,
-            reason=f"{scan.files.label}: nothing is labelled; right for a patient without {' or '.join(classes)}, else "
+            reason=f"{scan.files.label}: nothing is labelled; right for a patient without {' or '.join(classes) or 'the structures'}, else "
             "export the mask again",
             quarantined=False,
         )

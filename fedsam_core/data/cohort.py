@@ -178,6 +178,10 @@ def list_cohort(
         raise DataError(f"{where}: no dataset.json names the classes; set cohort.classes, like [kidney, tumour]")
     if modality is None:
         raise DataError(f"{where}: no dataset.json names the modality; set cohort.modality to ct or mri")
+    if twice := next((name for name in classes if classes.count(name) > 1), None):
+        raise DataError(
+            f"{where}: class {twice} is there twice; give each label value a name of its own (cohort.classes)"
+        )
     scored_as = listing.scored_as if config.scored_as is None else config.scored_as
     for name, parts in scored_as.items():
         if unknown := [part for part in (name, *parts) if part not in classes]:

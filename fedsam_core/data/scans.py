@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import zlib
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,8 @@ def intensities(voxels: npt.NDArray[np.float32]) -> dict[str, float]:
 
 def _read_nifti(path: Path) -> Volume:
     """Read, hash, unpack and decode in one pass over the file's bytes."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise UnreadableScan(f"{path}: not a file; put the scan's or mask's own file there")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -195,6 +198,12 @@ def _read_nifti(path: Path) -> Volume:
                 "point that you mean"
             )
         stored: Any = nifti.dataobj
+        wanted = int(stored.offset) + prod(shape) * stored.dtype.itemsize
+        if wanted > len(data):  # a broken header may ask for more memory than there is
+            raise UnreadableScan(
+                f"{path}: truncated, or its header is broken: it says {' x '.join(map(str, shape))} voxels, more than "
+                "the file holds; copy or download it again"
+            )
         voxels, slope, inter = stored.get_unscaled(), stored.slope, stored.inter
         if (slope, inter) != (1, 0):
             voxels = apply_read_scaling(voxels, np.float32(slope), np.float32(inter))
@@ -203,8 +212,10 @@ def _read_nifti(path: Path) -> Volume:
         OSError,
         zlib.error,
         ValueError,
+        OverflowError,
         KeyError,
         nib.filebasedimages.ImageFileError,
+        nib.spatialimages.HeaderDataError,
         WrapStructError,
     ) as error:
         raise UnreadableScan(f"{path}: truncated or not a NIfTI file; copy or download it again") from error

@@ -496,9 +496,12 @@ def _fingerprint(listing: Listing) -> list[Any]:
     """Names, sizes and times of the files, and what is said of them: quick, and enough to notice a change."""
 
     def stamps(path: Path) -> Iterator[tuple[str, int, int]]:
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            about = file.stat()
-            yield str(file), about.st_size, about.st_mtime_ns
+        try:
+            for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+                about = file.stat()
+                yield str(file), about.st_size, about.st_mtime_ns
+        except OSError:
+            yield str(path), -1, -1  # a link to nowhere, say: whoever opens the case says what is wrong
 
     cases = [
         [files.id, files.site, files.split, list(stamps(files.image)), list(stamps(files.label))]

@@ -64,6 +64,10 @@ def test_a_run_and_its_adapter_are_the_same_model(run: Path) -> None:
     assert card.frozen_hash == weights_hash(trained.segmenter, trained.segmenter.manifest)  # type: ignore[arg-type]
 
 
+def test_a_colleague_on_the_machine_can_read_an_adapter(run: Path) -> None:
+    assert {file.stat().st_mode & 0o777 for file in (run / "adapter").iterdir()} == {0o644}
+
+
 def test_weights_that_another_torch_draws_are_noticed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uniform = torch.nn.init.kaiming_uniform_
     monkeypatch.setattr(

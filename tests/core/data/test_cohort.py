@@ -1,7 +1,10 @@
 """Reading a cohort: every layout, every split rule, and every fault in one line with its fix."""
 
+import gzip
 import json
+import os
 import shutil
+import struct
 from pathlib import Path
 
 import nibabel as nib
@@ -168,10 +171,46 @@ def _filled(value: float, dtype: type = np.float32) -> np.ndarray:
     return array
 
 
+def _header(change):
+    """A byte of the header is changed in the unpacked file."""
+
+    def spoil(root: Path, save) -> None:
+        path = root / "imagesTr/a0.nii.gz"
+        data = bytearray(gzip.decompress(path.read_bytes()))
+        change(data)
+        path.write_bytes(gzip.compress(bytes(data)))
+
+    return spoil
+
+
+def _put(at: int, kind: str, *values: float):
+    return lambda data: struct.pack_into(f"<{len(values)}{kind}", data, at, *values)
+
+
+def _pipe(root: Path, save) -> None:
+    (root / "imagesTr/a0.nii.gz").unlink()
+    os.mkfifo(root / "imagesTr/a0.nii.gz")
+
+
+def _link_to_nowhere(root: Path, save) -> None:
+    (root / "imagesTr/a0.nii.gz").unlink()
+    (root / "imagesTr/a0.nii.gz").symlink_to(root / "nowhere.nii.gz")
+
+
 SHIFTED = np.array([[1.0, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
 FAULTS = {
     "truncated": (_truncate, ["imagesTr/a0.nii.gz", "truncated", "copy or download it again"]),
     "truncated, not compressed": (_truncate_plain, ["imagesTr/a0.nii", "truncated"]),
+    "packed text": (
+        lambda r, s: (r / "imagesTr/a0.nii.gz").write_bytes(gzip.compress(b"hello world" * 50)),
+        ["a0.nii.gz", "not a NIfTI file"],
+    ),
+    "broken magic": (_header(_put(344, "I", 0x78787878)), ["a0.nii.gz", "not a NIfTI file"]),
+    "header that asks for terabytes": (_header(_put(42, "h", 30000, 30000, 30000)), ["a0.nii.gz", "30000 x 30000"]),
+    "header of another length": (_header(_put(0, "i", 540)), ["a0.nii.gz", "copy or download it again"]),
+    "offset without end": (_header(_put(108, "f", 1e30)), ["a0.nii.gz", "copy or download it again"]),
+    "pipe": (_pipe, ["a0.nii.gz", "not a file"]),
+    "link to nowhere": (_link_to_nowhere, ["a0.nii.gz", "cannot read (No such file"]),
     "no nifti": (lambda r, s: (r / "imagesTr/a0.nii.gz").write_bytes(b"hello"), ["a0.nii.gz", "not a NIfTI"]),
     "mask of another shape": (
         _label(np.zeros((12, 10, 9), np.uint8)),
@@ -335,3 +374,7 @@ def test_sites_in_folders_of_their_own(site_folders: Path) -> None:
     ):
         with pytest.raises(ValidationError, match=word):
             CohortConfig(name="t", **wrong, **needs)
+
+
+def test_a_class_has_one_name_and_a_name_one_class(decathlon: Path) -> None:
+    refused(decathlon, "class kidney is there twice", classes=("kidney", "kidney"))

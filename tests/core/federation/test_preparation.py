@@ -206,6 +206,13 @@ def test_a_bad_scan_is_left_out_and_named(hospitals: Path, tmp_path: Path) -> No
         prepared_by(specs_of(config_of(hospitals, strict=True), tmp_path / "strict"))
 
 
+def test_a_link_to_nowhere_is_left_out_too(hospitals: Path, tmp_path: Path) -> None:
+    (hospitals / "south" / "case2.nii.gz").unlink()
+    (hospitals / "south" / "case2.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    sites = prepared_by(specs_of(config_of(hospitals), tmp_path))
+    assert [problem.case for problem in sites.described.problems if problem.quarantined] == ["south_case2"]
+
+
 def test_a_site_reads_its_own_folder_only(hospitals: Path, tmp_path: Path) -> None:
     """On a hospital's node the folders of the others are not there."""
     shutil.rmtree(hospitals / "south")
