@@ -226,12 +226,13 @@ def _not_classes(scans: Sequence[_Scan]) -> list[Problem]:
 
 def _masks(usable: Sequence[_Scan], classes: Sequence[str]) -> list[Problem]:
     """Masks that are right one by one, but leave a question."""
+    named = " or ".join(classes) or "the structures"
     problems = [
         Problem(
             kind="mask",
             case=scan.id,
             site=scan.site,
-            reason=f"{scan.files.label}: nothing is labelled; right for a patient without {' or '.join(classes) or 'the structures'}, else "
+            reason=f"{scan.files.label}: nothing is labelled; right for a patient without {named}, else "
             "export the mask again",
             quarantined=False,
         )
