@@ -24,6 +24,7 @@ from fedsam_core.settings import Settings
 
 Projection = Literal["q", "k", "v", "o", "mlp"]
 Kind = Literal["lora_A", "lora_B", "whole"]
+ALL_KINDS: frozenset[Kind] = frozenset(("lora_A", "lora_B", "whole"))
 
 _BLOCK = r"image_encoder\.blocks\.\d+"
 _TRANSFORMER = r"mask_decoder\.transformer"
@@ -62,6 +63,10 @@ GROUPS: dict[str, str] = {
     # Every layer norm: of the blocks, of the neck (1, 3), of the decoder and of the upscaling (1, 4, 7).
     "norms": rf"{_ENCODER_NORMS}|{_NECK_NORMS}|{_DECODER_NORMS}|{_UPSCALING_NORMS}",
 }
+
+# Not of the model but of its LoRA: one factor a layer, `MODULE.lora_scale` [1], that the layer's LoRA branch is
+# multiplied by; it starts at 1. Only ever local: how much of what all sites learned together is right for this one.
+LORA_SCALE = "lora.scale"
 
 # Linear layers that LoRA goes into, as patterns on module names. The encoder's carry the block's number.
 _ENCODER_LORA: dict[Projection, str] = {
@@ -122,26 +127,39 @@ class LayerSelection(Settings):
     """Which layers get LoRA, which are trained whole and sent, which are trained and never leave the site.
 
     Raises:
-        SelectionError: an unknown group, a group in both lists, a rank below 1, or nothing to train.
+        SelectionError: an unknown group, a group in both lists, a rank below 1, lora.scale without LoRA or in train, or
+            nothing to train.
     """
 
     name: str = Field(description="short name, used in runs and folders")
     lora: LoraTargets | None = Field(default=None, description="low-rank adapters; left out, there are none")
     train: tuple[str, ...] = Field(default=(), description=f"groups trained whole and sent: {', '.join(GROUPS)}")
-    local: tuple[str, ...] = Field(default=(), description="groups trained whole but kept at the site")
+    local: tuple[str, ...] = Field(
+        default=(),
+        description=f"groups trained whole but kept at the site; also {LORA_SCALE}, a factor for each LoRA layer",
+    )
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise SelectionError(f"selection name {self.name!r}: use letters, digits, '.', '_' and '-' only")
-        for group in (*self.train, *self.local):
-            if group not in GROUPS:
-                raise SelectionError(f"selection {self.name!r}: unknown group {group!r}{_known(group, GROUPS)}")
+        if LORA_SCALE in self.train:
+            raise SelectionError(f"selection {self.name!r}: {LORA_SCALE} is each site's own: list it in local")
+        for part, groups in (("train", GROUPS), ("local", (*GROUPS, LORA_SCALE))):
+            for group in getattr(self, part):
+                if group not in groups:
+                    raise SelectionError(f"selection {self.name!r}: unknown group {group!r}{_known(group, groups)}")
         if both := set(self.train) & set(self.local):
             raise SelectionError(
                 f"selection {self.name!r}: group {min(both)!r} is in both train and local: remove it from one of them"
             )
-        if not (self.train or self.local or (self.lora and (self.lora.encoder or self.lora.decoder))):
+        has_lora = self.lora is not None and bool(self.lora.encoder or self.lora.decoder)
+        if LORA_SCALE in self.local and not has_lora:
+            raise SelectionError(
+                f"selection {self.name!r}: {LORA_SCALE} is a factor of LoRA layers and there are none: set "
+                "lora.encoder or lora.decoder, or remove it"
+            )
+        if not (self.train or self.local or has_lora):
             raise SelectionError(
                 f"selection {self.name!r} trains nothing: set lora.encoder, lora.decoder, train or local"
             )
@@ -303,7 +321,8 @@ def resolve(selection: LayerSelection, shapes: Mapping[str, tuple[int, ...]]) ->
     Args:
         selection: what to train.
         shapes: every parameter of the model without LoRA, canonical name -> shape, in the model's order. A linear
-            layer `x` is known by its `x.weight` of shape [out, in]; its LoRA is A [rank, in] and B [out, rank].
+            layer `x` is known by its `x.weight` of shape [out, in]; its LoRA is A [rank, in] and B [out, rank], with
+            lora.scale also a factor [1].
 
     Raises:
         SelectionError: a parameter is both shared and local, a block does not exist, a rank is over a layer's own, or a
@@ -329,6 +348,8 @@ def resolve(selection: LayerSelection, shapes: Mapping[str, tuple[int, ...]]) ->
             group = "lora.encoder" if module.startswith("image_encoder.") else "lora.decoder"
             shared_entries.append(_entry(f"{module}.lora_A.weight", (rank, shape[1]), "lora_A", group))
             shared_entries.append(_entry(f"{module}.lora_B.weight", (shape[0], rank), "lora_B", group))
+            if LORA_SCALE in selection.local:
+                local_entries.append(_entry(f"{module}.lora_scale", (1,), "whole", LORA_SCALE))
     return ParameterManifest(selection, tuple(shared_entries), tuple(local_entries))
 
 
@@ -397,7 +418,7 @@ def _entry(name: str, shape: tuple[int, ...], kind: Kind, group: str) -> Manifes
 def _members(selection: LayerSelection, groups: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Parameter name -> the first of these groups that holds it."""
     members: dict[str, str] = {}
-    for group in groups:
+    for group in (one for one in groups if one != LORA_SCALE):  # which is no parameter of the model without LoRA
         names = [name for name in shapes if re.fullmatch(GROUPS[group], name)]
         if not names:
             raise SelectionError(f"selection {selection.name!r}: group {group!r} is empty on this model: remove it")

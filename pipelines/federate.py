@@ -55,10 +55,12 @@ def check(config: Config) -> None:
     Raises:
         FedsamError: names the key and the fix.
     """
-    if config.layers.local:
+    if config.federation.scaffold and config.learning.keep_optimizer:
+        raise ConfigError("federation.scaffold corrects each round anew: set learning.keep_optimizer=false")
+    if config.layers.lora is None and (config.federation.rule != "factors" or config.federation.site_ranks):
         raise ConfigError(
-            f"selection {config.layers.name} keeps {', '.join(config.layers.local)} at the site, which a run "
-            "cannot hand out yet: move these groups to train, or leave them out"
+            f"selection {config.layers.name} has no LoRA, which federation.rule={config.federation.rule} and "
+            "federation.site_ranks are about: set rule=factors, or give the selection lora"
         )
     checkpoint = config.model.checkpoint
     if checkpoint is not None and not checkpoint.is_file():
@@ -78,6 +80,11 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
             f"cohort {config.cohort.name} has {len(cohort.sites)} sites, but a secure sum needs at least "
             f"{SMALLEST_PRIVATE_SUM} sites, as a sum of two shows each the other's update: add a site, or set "
             "federation.secure_sum=plain"
+        )
+    if unknown := sorted(set(config.federation.site_ranks) - set(cohort.sites)):
+        raise ConfigError(
+            f"federation.site_ranks names {unknown[0]}, which is no site of cohort {config.cohort.name}: its sites are "
+            f"{', '.join(cohort.sites)}"
         )
     if config.federation.roster is not None:
         roster = read_roster(config.federation.roster)
@@ -136,10 +143,12 @@ def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine
             folder = RunFolder(config.work_dir / "runs" / run_id)
             recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config)
             try:
-                recorder.begin(state, federation.score(state, "test", 0), federation.score(state, "val", 0))
-                state = run_rounds(federation, state, recorder.after_round)
-                final = federation.score(state, "test", config.federation.rounds, pictures=True)
-                return recorder.finish(segmenter, state, final, tracking.ui_command())
+                recorder.begin(federation.score("test", 0), federation.score("val", 0))
+                run_rounds(federation, recorder.after_round)
+                rounds = config.federation.rounds
+                final = federation.score("test", rounds, pictures=True)
+                personal = federation.score("test", rounds, personal=True) if config.federation.personal_steps else None
+                return recorder.finish(segmenter, final, personal, tracking.ui_command())
             finally:
                 recorder.keep_record()  # of what failed, too
     finally:
@@ -233,6 +242,12 @@ def show(outcome: Outcome) -> None:
     ]
     rows.append(("all sites", before["dice"], after["dice"]))
     console.out.print(console.table("Dice on the test cases, in the scans' own grid", ("", "before", "after"), rows))
+    if outcome.personal:
+        own = [(f"site {site}", group["dice"]) for site, group in sorted(outcome.personal["per_site"].items())]
+        own.append(("all sites", outcome.personal["dice"]))
+        console.out.print(console.table("Dice of each site's own fine-tuned model", ("", "own"), own))
+    if outcome.epsilon is not None:
+        console.out.print(f"differential privacy of the updates: epsilon {outcome.epsilon:.3g}")
     up, down = console.size(outcome.bytes_up), console.size(outcome.bytes_down)
     console.out.print(f"bytes a round, all sites: {up} up, {down} down ({outcome.trained:,} values trained)")
     console.out.print(f"{outcome.rounds} rounds in {outcome.minutes:.1f} minutes")

@@ -11,8 +11,8 @@ from cluster.tracking import RunTracker
 from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.preprocess import PreprocessConfig
 from fedsam_core.evaluation.overlays import dice_bars
-from fedsam_core.federation.rounds import Federation, RoundReport, Scores, State
-from fedsam_core.federation.state import pack_state
+from fedsam_core.federation.rounds import Federation, RoundReport, Scores
+from fedsam_core.federation.state import GlobalState, pack_state
 from fedsam_core.sam.adapters import load_shared_state, save_adapter
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.trained import describe
@@ -52,6 +52,8 @@ class Outcome:
         trained: parameters trained and sent.
         rounds: how many.
         minutes: from the first to the last score.
+        personal: as `after`, of each site's own fine-tuned model; None without.
+        epsilon: privacy that the updates have spent; None without differential privacy.
     """
 
     folder: Path
@@ -63,6 +65,8 @@ class Outcome:
     trained: int
     rounds: int
     minutes: float
+    personal: dict[str, Any] | None = None
+    epsilon: float | None = None
 
 
 class Recorder:
@@ -87,26 +91,29 @@ class Recorder:
         self._tracker = tracker
         self._emit = emit
         self._rounds: list[dict[str, Any]] = []
+        self._layers: list[dict[str, Any]] = []  # a row a round and layer with LoRA
+        self._epsilon: float | None = None
         self._recorded = 0  # lines of the record that are in its file
         self._started = monotonic()
 
-    def begin(self, state: State, test: Scores, validation: Scores) -> None:
+    def begin(self, test: Scores, validation: Scores) -> None:
         """Before the first round: what is trained from which state, and how the model segments as it is."""
         self._before = self._summary(test)
         self._folder.write_yaml("config.yaml", self._config.model_dump(mode="json"))
         self._folder.write("manifest.json", self._federation.manifest.to_json().encode())
-        self._folder.write("initial.safetensors", pack_state(self._federation.manifest, state))
+        self._folder.write("initial.safetensors", pack_state(self._federation.manifest, self._state()))
         self.keep_record()
         self._tracker.log_round(0, self._validation_metrics(validation))
         self._emit(
             Event(f"before training: test Dice {_number(self._before['dice'])}", 0, self._config.federation.rounds)
         )
 
-    def after_round(self, report: RoundReport, state: State) -> None:
+    def after_round(self, report: RoundReport, state: GlobalState) -> None:
         """After each round: checkpoint, tables, metrics, a line."""
         manifest, ledger = self._federation.manifest, self._federation.ledger
         if self._config.federation.keep_sums:
-            self._folder.write(sum_file(report.total.entry), report.total.packed)
+            for total in report.totals:
+                self._folder.write(sum_file(total.entry), total.packed)
         self.keep_record()
         note = {
             "round": str(report.round),
@@ -114,14 +121,17 @@ class Recorder:
             "state_hash": report.state_hash,
             "record_head": self._federation.record.head,
         }
-        self._folder.write("state.safetensors", pack_state(manifest, state, note))
+        self._folder.write("state.safetensors", pack_state(manifest, state.tensors, note))
+        self._epsilon = report.epsilon
         metrics = {
-            "train/loss": report.loss,
+            **({} if math.isnan(report.loss) else {"train/loss": report.loss}),
             "train/update_norm": report.update_norm,
             "secagg/error_bound": report.precision.bound,
             "secagg/error_largest": report.precision.largest,
             "secagg/error_rms": report.precision.rms,
             "secagg/cut": report.precision.cut,
+            **self._lora_metrics(report),
+            **({} if report.epsilon is None else {"privacy/epsilon": report.epsilon}),
             "round/attempts": float(len(report.failed) + 1),
             "round/sites": float(len(report.contributors)),
             "comm/bytes_up": float(report.bytes_up),
@@ -144,15 +154,16 @@ class Recorder:
             self._emit(Event(f"round {report.round}: an attempt failed and was repeated with fresh keys ({why})"))
         for site, why in report.lost.items():
             self._emit(Event(f"round {report.round}: went on without {site} ({why})"))
-        dice = "" if report.validation is None else f", validation Dice {_number(report.validation.mean_dice)}"
-        line = f"round {report.round}: loss {report.loss:.3f}{dice}, {sum(report.seconds.values()):.0f} s"
+        dice = "" if report.validation is None else f" validation Dice {_number(report.validation.mean_dice)},"
+        loss = "" if math.isnan(report.loss) else f" loss {report.loss:.3f},"
+        line = f"round {report.round}:{loss}{dice} {sum(report.seconds.values()):.0f} s"
         self._emit(Event(line, report.round, self._config.federation.rounds))
 
-    def finish(self, segmenter: SamSegmenter, state: State, test: Scores, ui: str) -> Outcome:
+    def finish(self, segmenter: SamSegmenter, test: Scores, personal: Scores | None, ui: str) -> Outcome:
         """After the last round: adapter, scores, pictures, and the outcome."""
         federation, config = self._federation, self._config
         after = self._summary(test)
-        load_shared_state(segmenter, federation.manifest, state)
+        load_shared_state(segmenter, federation.manifest, self._state())
         card = describe(
             segmenter,
             run=federation.run,
@@ -187,12 +198,17 @@ class Recorder:
             trained=federation.manifest.trainable,
             rounds=config.federation.rounds,
             minutes=(monotonic() - self._started) / 60,
+            personal=None if personal is None else self._summary(personal),
+            epsilon=self._epsilon,
         )
         head = federation.record.head
         said = {"folder": str(outcome.folder), "record_head": head, "mlflow_run": self._tracker.run_id}
         self._folder.write_json("summary.json", asdict(outcome) | said)
         self._tracker.set_tags({"fedsam.record_head": head})  # where whoever changes the run's folder cannot reach it
         self._tracker.log_round(config.federation.rounds, self._final_metrics(after))
+        if outcome.personal is not None:
+            own = _metrics("test/dice_personal", "test_dice_personal", outcome.personal)
+            self._tracker.log_round(config.federation.rounds, own)
         self._tracker.log_table("rounds", self._rounds)
         if rows:
             self._tracker.log_table("scores", rows)
@@ -200,6 +216,22 @@ class Recorder:
             if path.name != SUMS:  # as large as all rounds together: they stay in the folder
                 self._tracker.log_artifact(path, path.name if path.is_dir() else "")
         return outcome
+
+    def _state(self) -> dict[str, Any]:
+        return self._federation.server.state.tensors
+
+    def _lora_metrics(self, report: RoundReport) -> dict[str, float]:
+        """How far LoRA's mean is from the mean of the sites' products, over all layers; each layer in layers.csv."""
+        lora = report.lora
+        for layer, off in lora.inexactness.items():
+            row = {"round": report.round, "layer": layer, "inexactness": off, "change": lora.change[layer]}
+            self._layers.append(row | {"truncation": lora.truncation.get(layer)})
+        if self._layers:
+            self._folder.write_table("layers.csv", self._layers)
+        found = {} if math.isnan(lora.relative) else {"lora/inexactness": lora.relative}
+        if lora.truncation:
+            found["lora/truncation"] = max(lora.truncation.values())
+        return found
 
     def keep_record(self) -> None:
         """Adds to the file what the record has grown by."""

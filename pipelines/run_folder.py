@@ -5,6 +5,7 @@ adapter/       the result, ready to load              state.safetensors  the glo
 initial.safetensors  the state before the first round  record.jsonl       what `fedsam verify` replays
 sums/          each round's opened sum, packed
 rounds.csv     a row a round                          ledger.csv         bytes by site, direction, round, purpose
+layers.csv     a row a round and LoRA layer: how exact the rule was
 scores.csv     a row a test case                      summary.json       Dice before and after, bytes, minutes
 pictures/      an overlay a site, Dice by site
 """

@@ -62,8 +62,14 @@ class Answered:
             )
         self._note(_Run(attempt=attempt.attempt, round=attempt.round, opened=known.opened))
 
-    def check(self, attempt: Attempt, about: str, survivors: tuple[str, ...]) -> None:
-        """Raises OpenedBefore where a sum about the same was opened for other survivors."""
+    def check(self, attempt: Attempt, about: str, survivors: tuple[str, ...], follows: str | None = None) -> None:
+        """Raises OpenedBefore where a sum about the same, or the one that this one `follows`, was opened for other
+        survivors, or the latter not at all."""
+        if follows is not None and self._run.opened.get(_topic(attempt, follows)) != survivors:
+            raise OpenedBefore(
+                f"the {about} sum goes on from the {follows} sum of this state, which was not opened for just "
+                f"{', '.join(survivors)}: the two would show the difference"
+            )
         before = self._run.opened.get(_topic(attempt, about))
         if before is not None and before != survivors:
             raise OpenedBefore(
@@ -71,9 +77,9 @@ class Answered:
                 f"{', '.join(survivors)} would show the difference"
             )
 
-    def open(self, attempt: Attempt, about: str, survivors: tuple[str, ...]) -> None:
+    def open(self, attempt: Attempt, about: str, survivors: tuple[str, ...], follows: str | None = None) -> None:
         """Notes that this site helps to open a sum, before it does. Raises as `check`."""
-        self.check(attempt, about, survivors)
+        self.check(attempt, about, survivors, follows)
         opened = {**self._run.opened, _topic(attempt, about): survivors}
         self._note(self._run.model_copy(update={"opened": opened}))
 

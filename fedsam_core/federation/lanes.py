@@ -1,164 +1,295 @@
 """What rides in the masked vector of each sum, and what is read from the sum.
 
-A site scales its update by w = slices / total, where the total comes from a first secure sum over the slice counts.
-The sum of w * update over the contributing sites, divided by the sum of w, is the weighted mean (FedAvg, McMahan et al.
-2017, arXiv 1602.05629, Algorithm 1), and no weight is ever seen in the open.
+A site scales its update by w = amount / total, where the total (of slices, cases or sites) comes from a first secure
+sum. The sum of w * update over the contributing sites, divided by the sum of w, is the weighted mean (FedAvg, McMahan
+et al. 2017, arXiv 1602.05629, Algorithm 1), and no weight is ever seen in the open.
 
-Each tensor group has its own clip, so that narrow rings resolve small changes as well as large ones. A clip comes from
-the round before: beside their updates sites sum histograms of the magnitudes in them, and a quantile of all sites'
-changes together is read from the sum. What is beyond a clip is cut, and how much that was is summed too.
+An update consists of parts (see `parts_of`), each a lane with a clip of its own, so that narrow rings resolve small
+changes as well as large ones. A clip comes from the sum before: beside their updates sites sum histograms of the
+magnitudes in them (see `clips`). In a ring of 16 bits or less each part is rotated first (see `rotation`), so that one
+step suits all its values. What is beyond a clip is cut, and how much that was is summed too.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from fedsam_core.errors import SecureSumError
+from fedsam_core.federation import privacy
+from fedsam_core.federation.clips import MAGNITUDES, histogram, next_clip
 from fedsam_core.federation.config import FederationConfig
-from fedsam_core.hashing import stable_hash
+from fedsam_core.federation.groups import Group, tensor_groups
+from fedsam_core.federation.lora_rules import meter_size, product_sizes, summed_kinds
+from fedsam_core.federation.rotation import Rotation, padded_size
+from fedsam_core.federation.tasks import Task
 from fedsam_core.learning.learner import Fit
-from fedsam_core.secagg.attempt import Attempt
+from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM, default_threshold
 from fedsam_core.secagg.layout import Lane, VectorLayout
 from fedsam_core.secagg.quantize import Encoder
-from fedsam_core.secagg.refusals import MalformedMessage, UnfitValues
+from fedsam_core.secagg.refusals import UnfitValues
 from fedsam_core.selection import ParameterManifest
-from fedsam_core.settings import Settings
 
-Purpose = Literal["weights", "update", "scores", "survey"]  # the last before a run, see `preparation`
 Lanes = Mapping[str, NDArray[np.float64]]
-
-
-class Task(Settings):
-    """What a sum asks of every site; the same for all."""
-
-    purpose: Purpose
-    total_slices: float | None = Field(None, gt=0, description="for updates: training slices of all sites together")
-    clips: dict[str, float] | None = Field(
-        None, description="for updates: clip by tensor group; None in the first round, when no magnitude is known"
-    )
-    split: Literal["val", "test"] | None = Field(None, description="for scores: which cases")
-
-    @model_validator(mode="after")
-    def _one_question(self) -> Self:
-        # What a site has answered is known by purpose and split: the same question has no second name.
-        if (self.split is not None) != (self.purpose == "scores"):
-            raise ValueError("a split is given for scores, and for nothing else")
-        if (self.total_slices is not None) != (self.purpose == "update"):
-            raise ValueError("the total of slices is given for updates, and for nothing else")
-        if self.clips is not None and self.purpose != "update":
-            raise ValueError("clips are for updates")
-        return self
-
+Values = NDArray[np.floating]
 
 # A lane's clip is the largest value of one site; the quantiser refuses what is beyond, so that nothing saturates.
-MAX_SLICES = 2.0**20
-MAX_WEIGHT = 64.0  # over 1 where a large site was lost when the slices were counted
+MAX_AMOUNT = 2.0**20
+MAX_WEIGHT = 64.0  # over 1 where a large site was lost when the amounts were summed
 MAX_LOSS = 64.0
 MAX_CASES = 4096.0
+MAX_STEPS = 2.0**14  # times the weight
+MAX_PROBE = 64.0  # a change of a layer's product by so much has other troubles
 
-MAGNITUDES = 48
-"""Bins of a histogram of magnitudes, two an octave: from `update_clip` down to 2^-24 of it."""
-
-
-def tensor_groups(manifest: ParameterManifest) -> dict[str, list[slice]]:
-    """Where in the flat vector each group of like tensors lies: LoRA's A and B apart, as B starts from zero."""
-    groups: dict[str, list[slice]] = {}
-    start = 0
-    for entry in manifest.shared:
-        stop = start + int(np.prod(entry.shape))
-        name = entry.group if entry.kind == "whole" else f"{entry.group}.{entry.kind[-1]}"
-        places = groups.setdefault(name, [])
-        if places and places[-1].stop == start:
-            start = places.pop().start
-        places.append(slice(start, stop))
-        start = stop
-    return groups
+_SPARE = 4.0  # of control variates' clips: gradients change more from round to round, and what is cut stays lost
+CONTROL = "control/"
+"""Before a group's name: the change of its control variates (SCAFFOLD)."""
 
 
-def layout_of(
-    task: Task, sites: int, manifest: ParameterManifest, classes: int, config: FederationConfig
-) -> VectorLayout:
+@dataclass(frozen=True)
+class Round:
+    """What decides the lanes of a round's sums, the same at the driver and at every site.
+
+    Attributes:
+        number: of the round, 1 for the first.
+        seed: of the run: rotations, sketches and probes are drawn from it.
+        sites: all of the run, sorted.
+    """
+
+    number: int
+    seed: int
+    sites: tuple[str, ...]
+    manifest: ParameterManifest
+    classes: int
+    config: FederationConfig
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """The values that are summed one by one."""
+        kinds = summed_kinds(self.config, self.number)
+        return tensor_groups(self.manifest, kinds, self.sites, self.config.site_ranks)
+
+    @property
+    def minimum(self) -> int:
+        """Fewest sites that a sum is opened for."""
+        return max(default_threshold(len(self.sites)), self.config.min_contributors, SMALLEST_PRIVATE_SUM)
+
+    def rotation(self, part: str, size: int, stage: int) -> Rotation:
+        """Of a part in this round."""
+        return Rotation(size, self.seed, self.number, stage, part)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One lane of an update: how many values, and who has them (None for all sites)."""
+
+    size: int
+    sites: tuple[str, ...] | None = None
+
+
+def parts_of(about: Round, stage: int) -> dict[str, Part]:
+    """The parts of an update in a stage: groups of shared values, their control variates, LoRA's products.
+
+    With differential privacy all values are one part, because one clip and one noise hold for all.
+    """
+    config = about.config
+    products = {name: Part(size) for name, size in product_sizes(config, about.manifest, stage).items()}
+    if stage:
+        return products
+    groups = {name: Part(group.index.size, group.sites) for name, group in about.groups.items()}
+    if config.privacy is not None:
+        return {"all": Part(sum(part.size for part in groups.values()))}
+    controls = {CONTROL + name: part for name, part in groups.items()} if config.scaffold else {}
+    return groups | controls | products
+
+
+def layout_of(task: Task, about: Round) -> VectorLayout:
     """The lanes of a sum.
 
-    "weights", the first sum of a run: how many training slices all sites have together.
-    "update", a round's sum: weighted updates by tensor group; weights; weighted losses; per class the numerator and
-    denominator of the Dice on training slices; and per group, to choose and judge the clips: a histogram of magnitudes,
-    how many values were cut, and largest and mean square error of rounding, in steps of the ring.
+    "weights", the first sum of a run: what all sites' updates weigh together.
+    "magnitudes": the histograms that clips are chosen by, where none is known and the ring is narrow.
+    "update", a round's sum: the weighted parts; weights; and per part, to choose and judge the clips: a histogram of
+    magnitudes, how many values were cut, and largest and mean square error of rounding, in steps of the ring. In the
+    first stage also weighted losses, per class the numerator and denominator of the Dice on training slices, what the
+    meter reads, and the sites' steps where they count.
     "scores": per class the Dice summed over cases (a numerator), and how many cases had one (the denominator).
 
     Raises:
-        UnfitValues: the task has clips for other groups, or the ring has no room for so many sites.
+        UnfitValues: the task has clips for other parts, or the ring has no room for so many sites.
     """
+    config, sites = about.config, len(about.sites)
+    lanes: tuple[Lane, ...]
     if task.purpose == "survey":
         raise UnfitValues("a survey of the cohort is summed before a run, not in it")
-    lanes: tuple[Lane, ...]
     if task.purpose == "weights":
-        lanes = (Lane("slices", 1, MAX_SLICES),)
+        lanes = (Lane("amount", 1, MAX_AMOUNT),)
     elif task.purpose == "scores":
-        lanes = (Lane("dice", classes, MAX_CASES), Lane("cases", classes, MAX_CASES))
+        lanes = (Lane("dice", about.classes, MAX_CASES), Lane("cases", about.classes, MAX_CASES))
+    elif config.privacy is not None:
+        lanes = (_private_lane(about),)
     else:
-        sizes = {name: sum(place.stop - place.start for place in p) for name, p in tensor_groups(manifest).items()}
-        clips = dict.fromkeys(sizes, config.update_clip) if task.clips is None else task.clips
-        if set(clips) != set(sizes):
-            raise UnfitValues(f"clips are for {', '.join(sorted(clips))}, the tensor groups are {', '.join(sizes)}")
-        bits = 32 if task.clips is None else config.bits
-        count = len(sizes)
-        lanes = (
-            *(Lane(f"update/{name}", size, clips[name], bits) for name, size in sizes.items()),
-            Lane("weight", 1, MAX_WEIGHT),
-            Lane("loss", 1, MAX_LOSS * MAX_WEIGHT),
-            Lane("dice_numerator", classes, 2.0),
-            Lane("dice_denominator", classes, 2.0),
-            Lane("magnitudes", count * MAGNITUDES, float(max(sizes.values()))),
-            Lane("cut", count, float(max(sizes.values()))),
-            Lane("largest_error", count, 1.0),
-            Lane("square_error", count, 1.0),
-        )
+        parts = parts_of(about, task.stage)
+        largest = float(max(_on_the_wire(about, part.size) for part in parts.values()))
+        lanes = (Lane("magnitudes", len(parts) * MAGNITUDES, largest),)
+        if task.purpose == "update":
+            lanes = (*_update_lanes(task, about, parts), *lanes, *_checks(about, task, parts, largest))
     return VectorLayout(lanes, max_sites=sites, min_contributors=config.min_contributors)
 
 
-def put_update(
-    encoder: Encoder,
-    layout: VectorLayout,
-    manifest: ParameterManifest,
-    config: FederationConfig,
-    fit: Fit,
-    total_slices: float,
-) -> None:
-    """Fills the lanes of an update with what a site's training gave.
+def _update_lanes(task: Task, about: Round, parts: Mapping[str, Part]) -> list[Lane]:
+    config = about.config
+    clips = dict.fromkeys(parts, config.update_clip) if task.clips is None else task.clips
+    if set(clips) != set(parts):
+        raise UnfitValues(f"clips are for {', '.join(sorted(clips))}, the parts of the update are {', '.join(parts)}")
+    if task.clips is None and config.bits != 32:
+        raise UnfitValues(f"a ring of {config.bits} bits needs clips, and the task has none")
+    return [
+        Lane(f"update/{name}", _on_the_wire(about, part.size), clips[name], config.bits, part.sites)
+        for name, part in parts.items()
+    ]
 
-    Raises:
-        UnfitValues: a change is not finite, or larger than `update_clip`: this site's training has diverged.
+
+def _checks(about: Round, task: Task, parts: Mapping[str, Part], largest: float) -> list[Lane]:
+    config, classes = about.config, about.classes
+    bands = {part.sites for part in parts.values()} - {None}
+    lanes = [Lane("weight", 1, MAX_WEIGHT)]
+    lanes += [Lane(f"weight/{_band(sites)}", 1, MAX_WEIGHT, sites=sites) for sites in sorted(filter(None, bands))]
+    lanes += [Lane("cut", len(parts), largest), Lane("largest_error", len(parts), 1.0)]
+    lanes += [Lane("square_error", len(parts), 1.0)]
+    if config.normalize_steps:
+        lanes += [Lane("steps", 1, MAX_STEPS)]
+    if task.stage == 0:
+        lanes += [Lane("loss", 1, MAX_LOSS * MAX_WEIGHT)]
+        lanes += [Lane("dice_numerator", classes, 2.0), Lane("dice_denominator", classes, 2.0)]
+        if size := meter_size(config, about.manifest):
+            lanes += [Lane("probes", size, MAX_PROBE)]
+    return lanes
+
+
+def _private_lane(about: Round) -> Lane:
+    size = _on_the_wire(about, parts_of(about, 0)["all"].size)
+    # Integers go in as they are: the clip is the ring's number of levels, so that a step is one.
+    levels = privacy.ring_levels(about.config.bits, len(about.sites))
+    return Lane("update/all", size, float(levels), about.config.bits)
+
+
+def private_step(about: Round) -> float:
+    """What one level of the ring stands for under differential privacy, in the parameters' unit."""
+    config = about.config
+    assert config.privacy is not None
+    size = parts_of(about, 0)["all"].size
+    padded, block = padded_size(size), Rotation(size, 0).block
+    return privacy.suggest_step(config.privacy, config.bits, len(about.sites), about.minimum, padded, block)
+
+
+def accountant(about: Round) -> privacy.Accountant:
+    """Counts the rounds of a run with differential privacy, each over at most as many values as this one."""
+    assert about.config.privacy is not None
+    size = padded_size(parts_of(about, 0)["all"].size)
+    return privacy.Accountant(about.config.privacy, about.minimum, size, private_step(about))
+
+
+def _on_the_wire(about: Round, size: int) -> int:
+    return padded_size(size) if about.config.rotates else size
+
+
+def _band(sites: tuple[str, ...] | None) -> str:
+    return ",".join(sites or ())
+
+
+def put_private(encoder: Encoder, about: Round, update: NDArray[np.float32], rng: np.random.Generator) -> None:
+    """The update (float32 [shared size]) as integers with this site's share of the noise. Raises UnfitValues for NaN.
+
+    Clipped, rotated, rounded and noised as `privacy` says. Whatever else a site knows of its training stays with it.
     """
-    largest = float(np.abs(fit.update).max())
+    config = about.config
+    assert config.privacy is not None
+    values = np.concatenate([update[group.index] for group in about.groups.values()])
+    clipped, _ = privacy.clip_l2(values, config.privacy.clip)
+    rotated = about.rotation("all", values.size, 0).forward(clipped)
+    whole = privacy.integers(rotated, private_step(about), config.privacy, about.minimum, rng)
+    levels = privacy.ring_levels(config.bits, len(about.sites))
+    encoder.put("update/all", np.clip(whole, -levels, levels).astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a site's training gave, as it goes into a round's sums.
+
+    Attributes:
+        parts: float [size] by part, neither weighted nor rotated; zeros where this site does not have it.
+        weight: of this site, its amount over the total of all.
+        probes: what the meter reads, float64; empty without one.
+    """
+
+    parts: Mapping[str, Values]
+    weight: float
+    probes: NDArray[np.float64]
+
+
+def check_update(update: Values, config: FederationConfig) -> None:
+    """Raises UnfitValues where a change is not finite or beyond `update_clip`: this site's training has diverged."""
+    largest = float(np.abs(update).max())
     if not largest <= config.update_clip:  # NaN fails this too
         what = "NaN or infinity" if not np.isfinite(largest) else f"a change of {largest:.6g}"
         raise UnfitValues(f"the update holds {what}, over federation.update_clip ({config.update_clip:g})")
-    weight = fit.slices / total_slices
+
+
+def put_magnitudes(encoder: Encoder, about: Round, task: Task, site: str, given: Contribution, steps: int) -> None:
+    """Fills the histograms of what a site will contribute."""
+    counts = []
+    for name, part in parts_of(about, task.stage).items():
+        values = _weighted(about, task, name, given, steps)
+        counts.append(_counts(values, part, site, about.config))
+    encoder.put("magnitudes", np.concatenate(counts))
+
+
+def put_update(
+    encoder: Encoder, layout: VectorLayout, about: Round, task: Task, site: str, given: Contribution, fit: Fit
+) -> None:
+    """Fills the lanes of an update with what a site's training gave."""
     magnitudes, cut, largest_error, square_error = [], [], [], []
-    for name, places in tensor_groups(manifest).items():
+    for name, part in parts_of(about, task.stage).items():
         lane = layout.lane(f"update/{name}")
-        values = np.concatenate([fit.update[place] for place in places]) * np.float32(weight)
+        values = _weighted(about, task, name, given, fit.steps)
         kept = np.clip(values, -lane.limit, lane.limit)
         rounding = encoder.put(lane.name, kept)
         step = layout.step(lane)
-        magnitudes.append(_histogram(values, config.update_clip))
+        magnitudes.append(_counts(values, part, site, about.config))
         cut.append(np.count_nonzero(kept != values))
         largest_error.append(rounding.largest / step)
         square_error.append(rounding.mean_square / step**2)
-    encoder.put("weight", weight)
-    encoder.put("loss", fit.loss * weight)
-    encoder.put("dice_numerator", fit.dice_numerator)
-    encoder.put("dice_denominator", fit.dice_denominator)
+    weight = given.weight
     encoder.put("magnitudes", np.concatenate(magnitudes))
     encoder.put("cut", np.array(cut, dtype=np.float64))
     encoder.put("largest_error", np.array(largest_error))
     encoder.put("square_error", np.array(square_error))
+    encoder.put("weight", weight)
+    for lane in layout.lanes:
+        if lane.name.startswith("weight/"):
+            encoder.put(lane.name, weight if site in (lane.sites or ()) else 0.0)
+    if about.config.normalize_steps:
+        encoder.put("steps", fit.steps * weight)
+    if task.stage == 0:
+        encoder.put("loss", fit.loss * weight)
+        encoder.put("dice_numerator", fit.dice_numerator)
+        encoder.put("dice_denominator", fit.dice_denominator)
+        if given.probes.size:
+            encoder.put("probes", np.clip(given.probes * weight, -MAX_PROBE, MAX_PROBE))
+
+
+def _weighted(about: Round, task: Task, name: str, given: Contribution, steps: int) -> Values:
+    factor = given.weight / steps if about.config.normalize_steps and not name.startswith(CONTROL) else given.weight
+    values = given.parts[name]
+    if not about.config.rotates:
+        return values * np.float32(factor)
+    return about.rotation(name, values.size, task.stage).forward(values) * factor
+
+
+def _counts(values: Values, part: Part, site: str, config: FederationConfig) -> NDArray[np.float64]:
+    if part.sites is not None and site not in part.sites:
+        return np.zeros(MAGNITUDES)
+    return histogram(values.astype(np.float32), config.update_clip)
 
 
 @dataclass(frozen=True)
@@ -180,133 +311,97 @@ class Precision:
 
 @dataclass(frozen=True)
 class Update:
-    """What a round's sum says.
+    """What the sum of an update says.
 
     Attributes:
-        mean: float64 [manifest.shared_size], the weighted mean of the sites' updates.
-        loss: mean training loss, weighted as the updates are.
+        means: float64 [size] by part, the weighted mean over the sites that have it; control variates as a sum that
+            counts absent sites as unchanged.
+        loss: mean training loss, weighted as the updates are; nan in later stages and with differential privacy.
         dice: by class, Dice on the training slices of all sites pooled; nan where no pixel was or should be the class.
-        clips: of the next round, by tensor group.
-        precision: of the mean.
+        clips: of the parts in their next sum.
+        precision: of the means.
+        probes: mean of what the meter read at the sites; empty without one.
     """
 
-    mean: NDArray[np.float64]
+    means: dict[str, NDArray[np.float64]]
     loss: float
     dice: tuple[float, ...]
     clips: dict[str, float]
     precision: Precision
+    probes: NDArray[np.float64]
 
 
-def read_update(
-    layout: VectorLayout,
-    lanes: Lanes,
-    contributors: Sequence[str],
-    manifest: ParameterManifest,
-    config: FederationConfig,
-) -> Update:
+def read_magnitudes(lanes: Lanes, about: Round, stage: int) -> dict[str, float]:
+    """The clip of every part, from the histograms of all sites."""
+    parts = parts_of(about, stage)
+    counts = lanes["magnitudes"].reshape(len(parts), MAGNITUDES)
+    clips = {name: next_clip(counts[at], about.config) for at, name in enumerate(parts)}
+    most = about.config.update_clip
+    return {name: min(most, clip * _SPARE) if name.startswith(CONTROL) else clip for name, clip in clips.items()}
+
+
+def read_update(layout: VectorLayout, lanes: Lanes, contributors: Sequence[str], about: Round, stage: int) -> Update:
     """What the opened lanes of an update say.
 
     Raises:
         UnfitValues: no weight came together.
     """
-    weight = float(lanes["weight"][0])
-    if not weight > 0:
-        raise UnfitValues("the weights of a round's updates add up to nothing: the sites' slice counts do not fit")
-    groups = tensor_groups(manifest)
-    mean = np.empty(manifest.shared_size)
-    bounds, squares = [], 0.0
-    clips = {}
-    histograms = lanes["magnitudes"].reshape(len(groups), MAGNITUDES)
-    for at, (name, places) in enumerate(groups.items()):
+    if about.config.privacy is not None:
+        return _read_private(lanes, contributors, about)
+    weights: dict[tuple[str, ...] | None, float] = {None: float(lanes["weight"][0])}
+    parts = parts_of(about, stage)
+    weights |= {p.sites: float(lanes[f"weight/{_band(p.sites)}"][0]) for p in parts.values() if p.sites is not None}
+    if not min(weights.values()) > 0:
+        raise UnfitValues("the weights of a round's updates add up to nothing: the sites' amounts do not fit")
+    steps = float(lanes["steps"][0]) / weights[None] if about.config.normalize_steps else 1.0
+    means = {}
+    squares = bound = largest = 0.0
+    for at, (name, part) in enumerate(parts.items()):
         lane = layout.lane(f"update/{name}")
-        start = 0
-        for place in places:
-            stop = start + place.stop - place.start
-            mean[place] = lanes[lane.name][start:stop] / weight
-            start = stop
-        bounds.append(layout.error_bound(lane.name, layout.contributors(lane, contributors)))
+        mean, factor = lanes[lane.name], 1.0
+        if about.config.rotates:
+            rotation = about.rotation(name, part.size, stage)
+            mean, factor = rotation.inverse(mean), rotation.largest_error_factor
+        scale = 1.0 if name.startswith(CONTROL) else steps / weights[part.sites]
+        means[name] = mean * scale
         # Errors of different sites are independent: their squares add up.
-        squares += lane.size * float(lanes["square_error"][at]) * layout.step(lane) ** 2
-        clips[name] = _next_clip(histograms[at], config)
-    steps = np.array([layout.step(layout.lane(f"update/{name}")) for name in groups])
-    denominator = np.round(lanes["dice_denominator"], 6)  # what the ring resolves: an empty class stays empty
-    with np.errstate(invalid="ignore", divide="ignore"):
-        dice = np.where(denominator > 0, lanes["dice_numerator"] / denominator, np.nan)
+        step = layout.step(lane) * scale
+        squares += lane.size * float(lanes["square_error"][at]) * step**2
+        bound = max(bound, factor * scale * layout.error_bound(lane.name, layout.contributors(lane, contributors)))
+        largest = max(largest, factor * step * float(lanes["largest_error"][at]))
+    sizes = sum(layout.lane(f"update/{name}").size for name in parts)
+    first = stage == 0
     return Update(
-        mean=mean,
-        loss=float(lanes["loss"][0]) / weight,
-        dice=tuple(float(one) for one in dice),
-        clips=clips,
+        means=means,
+        loss=float(lanes["loss"][0]) / weights[None] if first else float("nan"),
+        dice=_dice(lanes) if first else (),
+        clips=read_magnitudes(lanes, about, stage),
         precision=Precision(
-            bound=max(bounds) / weight,
-            largest=float((lanes["largest_error"] * steps).max()) / weight,
-            rms=float(np.sqrt(squares / manifest.shared_size)) / weight,
-            cut=max(0.0, float(lanes["cut"].sum()) / (manifest.shared_size * len(contributors))),
+            bound=bound,
+            largest=largest,
+            rms=float(np.sqrt(squares / sizes)),
+            cut=max(0.0, float(lanes["cut"].sum()) / (sizes * len(contributors))),
         ),
+        probes=lanes["probes"] / weights[None] if first and "probes" in lanes else np.empty(0),
     )
 
 
-def sum_hash(manifest: ParameterManifest, layout: VectorLayout, task: Task) -> str:
-    """Hash (hex) that binds a sum to the parameters it is about, to its lanes and to the task.
-
-    It is part of what every site signs: sites that were told different tasks refuse each other, so nobody can have one
-    site's update counted fully and the others' not at all.
-    """
-    return stable_hash([manifest.layout_hash, layout.hash, task.model_dump()])
-
-
-def attempt_to_json(attempt: Attempt) -> bytes:
-    """An attempt as the driver announces it."""
-    return json.dumps(asdict(attempt), sort_keys=True).encode()
-
-
-def attempt_from_json(data: bytes) -> Attempt:
-    """The inverse of `attempt_to_json`. Raises MalformedMessage for anything else."""
-    try:
-        attempt = _ATTEMPT.validate_json(data, strict=True)
-        if set(json.loads(data)) != set(asdict(attempt)):
-            raise ValueError("it has other fields than an attempt")
-    except (ValueError, SecureSumError, RecursionError) as error:  # pydantic's are ValueErrors
-        raise MalformedMessage(f"the announcement of a sum is malformed ({' '.join(str(error).split())})") from error
-    return attempt
+def _read_private(lanes: Lanes, contributors: Sequence[str], about: Round) -> Update:
+    size, step = parts_of(about, 0)["all"].size, private_step(about)
+    rotation = about.rotation("all", size, 0)
+    flat = rotation.inverse(lanes["update/all"]) * (step / len(contributors))
+    means, start = {}, 0
+    for name, group in about.groups.items():
+        means[name] = flat[start : start + group.index.size]
+        start += group.index.size
+    off = step * rotation.largest_error_factor
+    rms = step / 2  # at most, by rounding; the noise comes on top
+    nothing = (float("nan"),) * about.classes
+    return Update(means, float("nan"), nothing, {}, Precision(off, off, rms, 0.0), np.empty(0))
 
 
-def attempt_from_dict(fields: Mapping[str, Any]) -> Attempt:
-    """An attempt from its fields. Raises MalformedMessage where one is missing, unknown or of another type."""
-    return attempt_from_json(json.dumps(fields).encode())
-
-
-def task_from_dict(fields: Mapping[str, Any]) -> Task:
-    """A task from its fields. Raises MalformedMessage where one is missing, unknown or of another type."""
-    try:
-        return Task.model_validate(fields)
-    except ValidationError as error:
-        raise MalformedMessage(f"the task of a sum is malformed ({' '.join(str(error).split())})") from error
-
-
-_ATTEMPT = TypeAdapter(Attempt)
-
-
-def _bin(magnitude: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Half octaves: the exponent and the first bit of the mantissa of a float32."""
-    return (magnitude.view(np.int32) >> 22).astype(np.int64)
-
-
-def _top(update_clip: float) -> int:
-    return int(_bin(np.array([update_clip], np.float32))[0])
-
-
-def _histogram(values: NDArray[np.float32], update_clip: float) -> NDArray[np.float64]:
-    """How many values (float32) lie in each half octave below `update_clip`, the largest first; the last bin holds all
-    that is smaller."""
-    bins = np.clip(_top(update_clip) - _bin(np.abs(values.astype(np.float32))), 0, MAGNITUDES - 1)
-    return np.bincount(bins, minlength=MAGNITUDES).astype(np.float64)
-
-
-def _next_clip(histogram: NDArray[np.float64], config: FederationConfig) -> float:
-    """The upper edge of the bin that the quantile lies in, with headroom."""
-    above = np.cumsum(histogram)
-    beyond = (1 - config.clip_quantile) * above[-1]
-    at = int(np.argmax(above > max(0.5, beyond)))
-    edge = np.array([(_top(config.update_clip) - at + 1) << 22], np.int32).view(np.float32)[0]
-    return float(min(config.update_clip, config.clip_headroom * float(edge)))
+def _dice(lanes: Lanes) -> tuple[float, ...]:
+    denominator = np.round(lanes["dice_denominator"], 6)  # what the ring resolves: an empty class stays empty
+    with np.errstate(invalid="ignore", divide="ignore"):
+        dice = np.where(denominator > 0, lanes["dice_numerator"] / denominator, np.nan)
+    return tuple(float(one) for one in dice)

@@ -21,10 +21,10 @@ from fedsam_core.data.sources import Listing, Modality, Problem
 from fedsam_core.data.survey import BINS, PLANES, Survey, take_survey
 from fedsam_core.errors import ConfigError, DataError, FedsamError, RoundError
 from fedsam_core.federation.engine import Engine
-from fedsam_core.federation.lanes import Task
 from fedsam_core.federation.ledger import Ledger
 from fedsam_core.federation.summation import Contribution, Relay, secure_sum
 from fedsam_core.federation.summing import SummingSite, SumSpec
+from fedsam_core.federation.tasks import Task
 from fedsam_core.hashing import stable_hash
 from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM, Attempt, default_threshold
 from fedsam_core.secagg.keys import Roster
@@ -279,7 +279,7 @@ class CohortSite(SummingSite):
             spec = self.spec
             self._cohort = read_cohort(spec.cohort, spec.work_dir, self._note, spec.site, self._each)
 
-    def _lanes(self, task: Task) -> VectorLayout:
+    def _lanes(self, task: Task, round_number: int) -> VectorLayout:
         if task != TASK:
             raise RoundError(f"site {self.spec.site} prepares scans: it has nothing to say about {task.purpose}")
         return survey_layout(len(self.spec.sites))

@@ -4,6 +4,7 @@ Read `run_rounds` first. What a round gave is handed to a callback; files, MLflo
 business of whoever calls.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
@@ -14,11 +15,13 @@ import numpy as np
 from fedsam_core import __version__
 from fedsam_core.errors import RoundError
 from fedsam_core.federation.engine import Engine
-from fedsam_core.federation.lanes import Precision, Task, Update, layout_of, read_update, sum_hash
+from fedsam_core.federation.lanes import Precision, Round, layout_of
 from fedsam_core.federation.ledger import Ledger
+from fedsam_core.federation.server import LoraReport, Server, Step
 from fedsam_core.federation.site import SiteSpec
-from fedsam_core.federation.state import pack_state, state_hash
+from fedsam_core.federation.state import GlobalState, pack_global
 from fedsam_core.federation.summation import Contribution, Relay, Total, plain_sum, secure_sum
+from fedsam_core.federation.tasks import Task, sum_hash
 from fedsam_core.secagg.attempt import PROTOCOL, Attempt, default_threshold
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.secagg.keys import Roster
@@ -63,8 +66,10 @@ class RoundReport:
         loss: mean training loss, weighted as the updates are.
         dice: by class, Dice on the training slices of all sites together.
         precision: what rounding and cutting did to the mean update.
-        clips: of the next round, by tensor group.
-        total: the opened sum.
+        clips: of the round's parts in their next sum.
+        lora: how the LoRA rule did.
+        epsilon: privacy spent up to here; None without differential privacy.
+        totals: the opened sums that the state follows from.
         update_norm: Euclidean norm of the change of the global state.
         validation: of the global state after it, None in rounds without validation.
         bytes_up, bytes_down: serialized messages of all sites in this round.
@@ -80,7 +85,9 @@ class RoundReport:
     dice: tuple[float, ...]
     precision: Precision
     clips: dict[str, float]
-    total: Total
+    lora: LoraReport
+    epsilon: float | None
+    totals: tuple[Total, ...]
     update_norm: float
     validation: Scores | None
     bytes_up: int
@@ -128,8 +135,12 @@ class Federation:
         self._about = dict(about or {})
         self.record = Chain()
         self.failed: list[str] = []  # attempts of the present sum that came to nothing
-        self._clips: dict[str, float] | None = None  # of the next update, known after the first
+        self._seed = spec.seed
+        self._sites_of_run = spec.sites
+        self._server: Server | None = None
         self._held: dict[str, str] = {}  # which global state each site holds, by hash: nothing is sent twice
+        self._before = ""  # hash of the global state before the present one
+        self._step = b""  # what leads from it to the present one
 
     def open(self, state: State) -> None:
         """Opens every site for a run that starts from `state`, and settles whose keys count: those of the configured
@@ -170,40 +181,94 @@ class Federation:
             classes=self.classes,
             about=self._about,
             secure_sum=self.config.secure_sum,
-            federation=self.config.model_dump(mode="json", exclude={"roster", "key_dir"}),
+            seed=self._seed,
+            federation=self.config.model_dump(mode="json", exclude={"roster", "key_dir", "site_dir"}),
         )
+        self._server = Server(self._round(1), state)
+        self._held = {site: reply["state_hash"] for site, reply in replies.items()}
         lost = self._enroll()
         if lost and self._pinned is not None:
             raise RoundError("; ".join(f"site {site} refuses the roster: {why}" for site, why in sorted(lost.items())))
-        self.record.add("state", round=0, state_hash=state_hash(self.manifest, state), sum=None)
+        self.record.add("state", round=0, state_hash=self.server.state.hash, sums=[])
 
-    def total_slices(self) -> float:
-        """Training slices of all sites together, from the first secure sum."""
-        return float(self._sum(Task(purpose="weights"), 0, "weigh", None).lanes["slices"][0])
+    @property
+    def server(self) -> Server:
+        """The global state, and the arithmetic that makes the next."""
+        if self._server is None:
+            raise RoundError("the federation is not open: call open(state) first")
+        return self._server
 
-    def train(self, state: State, round_number: int, total_slices: float) -> tuple[State, Update, Total]:
-        """One round of training: the weighted mean of the sites' updates added to the global state."""
-        task = Task(purpose="update", total_slices=total_slices, clips=self._clips)
-        total = self._sum(task, round_number, "fit", state)
-        update = read_update(total.layout, total.lanes, total.contributors, self.manifest, self.config)
-        new = apply_update(self.manifest, state, update)
-        self._clips = update.clips
-        self.record.add("state", round=round_number, state_hash=state_hash(self.manifest, new), sum=total.entry)
-        return new, update, total
+    def total_weight(self) -> float:
+        """What all sites' updates weigh together: from the first secure sum, unless all weigh alike."""
+        if self.config.weights == "equal":
+            return float(len(self.engine.sites))
+        return float(self._sum(Task(purpose="weights"), 0, Contribution("weigh")).lanes["amount"][0])
 
-    def score(self, state: State, split: Literal["val", "test"], round_number: int, pictures: bool = False) -> Scores:
-        """Dice of a global state over the sites' cases of a split, and what the sites disclose beside it."""
-        total = self._sum(Task(purpose="scores", split=split), round_number, "score", state)
+    def train(self, round_number: int, total_weight: float) -> tuple[Step, tuple[Total, ...]]:
+        """One round of training: its sums, and the global state that follows.
+
+        Raises:
+            RoundError: too few sites are left.
+        """
+        server = self.server
+        course, totals, before = server.begin(round_number, total_weight), [], server.state.hash
+        failed: list[str] = []
+        while (task := course.task()) is not None:
+            how = self._fitting("fit") if course.basis_message is None else self._projecting(course.basis_message)
+            try:
+                total = self._sum(task, round_number, how)
+            except RoundError as error:
+                if not course.give_up():
+                    raise
+                failed.append(f"the round's LoRA step was given up: {error}")
+                continue
+            failed += self.failed
+            course.take(task, total.layout, total.lanes, total.contributors)
+            totals.append(total)
+        step = course.finish()
+        self.failed = failed
+        self._before, self._step = before, step.message
+        self.record.add("state", round=round_number, state_hash=step.state.hash, sums=[total.entry for total in totals])
+        return step, tuple(totals)
+
+    def score(
+        self, split: Literal["val", "test"], round_number: int, pictures: bool = False, personal: bool = False
+    ) -> Scores:
+        """Dice of the present global state over the sites' cases of a split, and what the sites disclose beside it.
+
+        With `personal` each site first fine-tunes its own model from it, and scores that.
+        """
+        task = Task(purpose="scores", split=split, personal=personal)
+        total = self._sum(task, round_number, self._fitting("score"))
         lanes = total.lanes
         with np.errstate(invalid="ignore"):
             dice = np.where(lanes["cases"] > 0.5, lanes["dice"] / lanes["cases"], np.nan)
         asked = {site: {"picture": pictures} for site in total.contributors}
         told, _ = self.engine.call("disclose", asked, self.config.deadline_s)
+        for site, reply in told.items():
+            size = len(json.dumps(reply["summary"]).encode()) + len(reply["picture"] or b"")
+            self.ledger.add(site, "up", round_number, "disclose", size)
         return Scores(
             dice=tuple(dice.tolist()),
             by_site={site: told[site]["summary"] for site in sorted(told) if told[site]["summary"]},
             pictures={site: told[site]["picture"] for site in sorted(told) if told[site]["picture"]},
         )
+
+    def _round(self, number: int) -> Round:
+        return Round(number, self._seed, self._sites_of_run, self.manifest, self.classes, self.config)
+
+    def _fitting(self, method: str) -> Contribution:
+        """A contribution that is made from the present global state: it is sent as far as a site lacks it."""
+        state = self.server.state
+        holders = frozenset(site for site, held in self._held.items() if held == state.hash)
+        followers = (
+            frozenset(site for site, held in self._held.items() if self._step and held == self._before) - holders
+        )
+        everyone = holders | followers >= set(self.engine.sites)
+        return Contribution(method, "state", b"" if everyone else pack_global(state), self._step, holders, followers)
+
+    def _projecting(self, basis: bytes) -> Contribution:
+        return Contribution("project", "basis", basis)
 
     def _ask_all(self, method: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
         replies, lost = self.engine.call(method, dict.fromkeys(self.engine.sites, keywords), self.config.deadline_s)
@@ -219,7 +284,7 @@ class Federation:
         replies, _ = self.engine.call("open", {site: {} for site in self._lost}, patience)
         back = {site: reply for site, reply in replies.items() if self._fits(reply)}
         self.sites |= back
-        self._held = {site: held for site, held in self._held.items() if site not in back}
+        self._held |= {site: reply["state_hash"] for site, reply in back.items()}
         self._lost = [site for site in self._lost if site not in back]
         if back:
             self._enroll()
@@ -234,26 +299,30 @@ class Federation:
         self._roster = Roster({site: bytes.fromhex(key) for site, key in keys.items()})
         self.record.add("roster", keys=keys)
         _, lost = self.engine.call("enroll", {site: {"roster": keys} for site in keys}, self.config.deadline_s)
+        for site in keys:
+            self.ledger.add(site, "down", 0, "enroll", len(json.dumps(keys).encode()))
         return lost
 
     def _fits(self, reply: Mapping[str, str]) -> bool:
         return reply["layout_hash"] == self.manifest.layout_hash and reply["weights_hash"] == self._weights_hash
 
-    def _sum(self, task: Task, round_number: int, contribute: str, state: State | None) -> Total:
+    def _sum(self, task: Task, round_number: int, how: Contribution) -> Total:
         """Opens a sum. An attempt that fails is followed by another with fresh keys, as often as is configured."""
         self.failed = []
         while True:
             self._rejoin()
+            if how.keyword == "state":
+                how = self._fitting(how.method)  # whoever rejoined holds another state
             try:
-                return self._attempt(task, round_number, contribute, state)
+                return self._attempt(task, round_number, how)
             except RoundError as error:
                 self.failed.append(str(error))
                 if len(self.failed) >= self.config.attempts:
                     raise
 
-    def _attempt(self, task: Task, round_number: int, contribute: str, state: State | None) -> Total:
+    def _attempt(self, task: Task, round_number: int, how: Contribution) -> Total:
         sites = self.engine.sites
-        layout = layout_of(task, len(sites), self.manifest, self.classes, self.config)
+        layout = layout_of(task, self._round(round_number))
         self._attempts += 1
         attempt = Attempt(
             run=self.run,
@@ -261,35 +330,26 @@ class Federation:
             attempt=self._attempts,
             layout_hash=sum_hash(self.manifest, layout, task),
             config_hash=self._settings_hash,
-            model_hash=state_hash(self.manifest, state) if state is not None else "",
+            model_hash=self.server.state.hash if how.keyword else "",
             sites=sites,
             threshold=default_threshold(len(sites)),
         )
         relay = Relay(self.engine, attempt, task, self.ledger, self.config.deadline_s)
-        packed = None if state is None else pack_state(self.manifest, state)
-        holders = frozenset(site for site, held in self._held.items() if held == attempt.model_hash)
         open_sum = plain_sum if self.config.secure_sum == "plain" else secure_sum
         try:
-            total = open_sum(relay, self._roster, layout, Contribution(contribute, packed, holders), self.record)
+            total = open_sum(relay, self._roster, layout, how, self.record)
         finally:
             self._lost = sorted(relay.lost)  # to be opened again before the next attempt
-        if state is not None:
-            self._held = dict.fromkeys(total.contributors, attempt.model_hash)
+        if how.keyword == "state":
+            self._held |= dict.fromkeys(total.contributors, attempt.model_hash)
         return total
 
 
-def apply_update(manifest: ParameterManifest, state: State, update: Update) -> State:
-    """The global state after a round: the mean update added in float64, rounded to float32 once."""
-    vector = manifest.flatten(state).astype(np.float64) + update.mean
-    return manifest.unflatten(vector.astype(np.float32))
-
-
-def run_rounds(federation: Federation, state: State, on_round: Callable[[RoundReport, State], None]) -> State:
+def run_rounds(federation: Federation, on_round: Callable[[RoundReport, GlobalState], None]) -> GlobalState:
     """Trains for the configured number of rounds.
 
     Args:
         federation: with open sites.
-        state: float32 arrays by entry name, the global state to start from.
         on_round: called after each round with its report and the new global state.
 
     Returns:
@@ -299,32 +359,34 @@ def run_rounds(federation: Federation, state: State, on_round: Callable[[RoundRe
         RoundError: a round could not be completed with enough sites.
     """
     config, ledger = federation.config, federation.ledger
-    slices = federation.total_slices()
+    weight = federation.total_weight()
     for number in range(1, config.rounds + 1):
         started = monotonic()
-        new, update, total = federation.train(state, number, slices)
+        before = federation.server.state
+        step, totals = federation.train(number, weight)
         failed = tuple(federation.failed)
         trained = monotonic()
         due = config.validate_every and (number % config.validate_every == 0 or number == config.rounds)
-        validation = federation.score(new, "val", number) if due else None
-        change = federation.manifest.flatten(new) - federation.manifest.flatten(state)
-        state = new
+        validation = federation.score("val", number) if due else None
+        change = step.state.vector.astype(np.float64) - before.vector
         report = RoundReport(
             round=number,
-            state_hash=state_hash(federation.manifest, state),
-            contributors=total.contributors,
-            lost=total.lost,
+            state_hash=step.state.hash,
+            contributors=totals[-1].contributors,
+            lost={site: why for total in totals for site, why in total.lost.items()},
             failed=failed,
-            loss=update.loss,
-            dice=update.dice,
-            precision=update.precision,
-            clips=update.clips,
-            total=total,
-            update_norm=float(np.linalg.norm(change.astype(np.float64))),
+            loss=step.update.loss,
+            dice=step.update.dice,
+            precision=step.precision,
+            clips=step.update.clips,
+            lora=step.lora,
+            epsilon=step.epsilon,
+            totals=totals,
+            update_norm=float(np.linalg.norm(change)),
             validation=validation,
             bytes_up=ledger.total("up", number),
             bytes_down=ledger.total("down", number),
             seconds={"train": trained - started, "validate": monotonic() - trained},
         )
-        on_round(report, state)
-    return state
+        on_round(report, step.state)
+    return federation.server.state

@@ -5,6 +5,7 @@ Every method takes and returns bytes, numbers or plain dictionaries. The scans, 
 
 import logging
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -18,24 +19,51 @@ from fedsam_core.errors import DataError, RoundError
 from fedsam_core.evaluation.inference import segment_scan
 from fedsam_core.evaluation.metrics import CaseScore, dice_sums, score_case, summarize
 from fedsam_core.evaluation.overlays import overlay
-from fedsam_core.federation.lanes import Task, layout_of, put_update, sum_hash
-from fedsam_core.federation.state import state_hash, unpack_state, weights_hash
+from fedsam_core.federation.groups import beyond_rank
+from fedsam_core.federation.lanes import (
+    CONTROL,
+    Contribution,
+    Round,
+    check_update,
+    layout_of,
+    put_magnitudes,
+    put_private,
+    put_update,
+)
+from fedsam_core.federation.lora_rules import (
+    Basis,
+    Meter,
+    basis_shapes,
+    first_basis,
+    product_values,
+    trained_kinds,
+)
+from fedsam_core.federation.memory import SiteMemory
+from fedsam_core.federation.privacy import secret_rng
+from fedsam_core.federation.server import take_step, unpack_basis
+from fedsam_core.federation.state import GlobalState, apply_changes, unpack_global, weights_hash
 from fedsam_core.federation.summing import SummingSite, SumSpec
+from fedsam_core.federation.tasks import Task, sum_hash
 from fedsam_core.hashing import derive_seed, stable_hash
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.device import describe_device, pick_device
-from fedsam_core.learning.learner import Fit, Learner
-from fedsam_core.sam.adapters import adapt, load_shared_state
+from fedsam_core.learning.learner import Course, Fit, Learner
+from fedsam_core.sam.adapters import adapt, save_adapter, shared_state
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter
 from fedsam_core.secagg.attempt import Attempt
 from fedsam_core.secagg.layout import VectorLayout
+from fedsam_core.secagg.quantize import Encoder
 from fedsam_core.secagg.refusals import OtherAttempt, OtherModel, OutOfTurn
 from fedsam_core.selection import LayerSelection, ParameterManifest
 from fedsam_core.store import OpenStore, folder_store
+from fedsam_core.trained import describe
 
 _log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
+
+_NOISE = "privacy/noise"
+"""In the site's memory: the key of the round's noise, uint64 [2]."""
 
 
 class SiteSpec(SumSpec):
@@ -63,10 +91,24 @@ class SiteSpec(SumSpec):
         left_out: Any = {
             "site": True,
             "cohort": True,
-            "federation": {"roster", "key_dir", "share_site_scores", "share_pictures"},
+            "federation": {"roster", "key_dir", "site_dir", "share_site_scores", "share_pictures"},
             "model": {"checkpoint"},  # a path; what is in it is in `frozen`
         }
         return stable_hash([self.model_dump(mode="json", exclude=left_out), frozen, roster])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A round's training, kept until the next: a repeated attempt gives the same bits.
+
+    Attributes:
+        start: float32 [shared size], the flat vector that it began with, as far as this site has it.
+        noise: what the site adds under differential privacy is drawn from here, in every attempt alike.
+    """
+
+    fit: Fit
+    start: Array
+    noise: np.random.Generator | None
 
 
 @dataclass(frozen=True)
@@ -77,6 +119,7 @@ class OpenSite:
     manifest: ParameterManifest
     learner: Learner
     settings_hash: str
+    memory: SiteMemory
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -87,7 +130,8 @@ class OpenSite:
 class FederatedSite(SummingSite):
     """One site. `open` and `enroll` first; then secure sums (see `SummingSite`).
 
-    The contributions are `weigh` (how many slices), `fit` (train; the update) and `score` (segment; Dice).
+    The contributions are `weigh` (slices, cases or 1), `fit` (train; the update or how large its values are), `project`
+    (what a later stage of the round asks of the same update) and `score` (segment; Dice).
     """
 
     spec: SiteSpec
@@ -97,10 +141,10 @@ class FederatedSite(SummingSite):
         super().__init__(spec)
         self._open_store = open_store
         self._opened: OpenSite | None = None
-        self._held: dict[str, Array] | None = None
-        self._total_slices: float | None = None
+        self._held: GlobalState | None = None
+        self._total: float | None = None
         self._pictured = False
-        self._fit: tuple[tuple[int, str], Fit] | None = None
+        self._fit: tuple[tuple[int, str], Trained] | None = None
         self._scored: list[tuple[CaseScore, Array]] = []
 
     def open(self) -> dict[str, str]:
@@ -127,56 +171,82 @@ class FederatedSite(SummingSite):
         dataset = SliceDataset(train, spec.model.image_size, spec.slices)
         learner = Learner(spec.site, segmenter, manifest, dataset, spec.learning, device)
         frozen = weights_hash(segmenter, manifest)
-        self._opened = OpenSite(prepared, manifest, learner, spec.settings_hash(frozen, roster_hash))
+        folder = spec.federation.site_dir.expanduser() / spec.run / spec.site
+        memory = SiteMemory(folder if self._keeps else None, manifest.layout_hash)
+        self._opened = OpenSite(prepared, manifest, learner, spec.settings_hash(frozen, roster_hash), memory)
+        # Drawn alike by all: whoever starts from it need not be sent it.
+        control = np.zeros(manifest.shared_size, np.float32) if spec.federation.scaffold else None
+        self._held = GlobalState(manifest, manifest.flatten(shared_state(segmenter, manifest)), control)
         return {
             "identity": self._identity.public.hex(),
             "layout_hash": manifest.layout_hash,
             "weights_hash": frozen,
+            "state_hash": self._held.hash,
             "roster_hash": roster_hash,
             "device": describe_device(device),
             "precision": "bf16" if learner.autocast else "fp32",
         }
 
     def weigh(self, delivered: bytes) -> bytes:
-        """Contributes the number of this site's training slices."""
+        """Contributes what this site's updates weigh: its training slices, its training cases, or 1."""
         with self._logged("weigh"):
             with self._masks_ahead(delivered):
-                slices = float(len(self._site.learner.dataset))
-            return self._contribute(lambda encoder, _: encoder.put_all({"slices": slices}))
+                amount = self._amount()
+            return self._contribute(lambda encoder, _: encoder.put_all({"amount": amount}))
 
-    def fit(self, delivered: bytes, state: bytes | None) -> bytes:
-        """Trains from the global state; contributes the weighted update, the weight and the weighted loss."""
-        spec, total = self.spec, self._task.total_slices
+    def fit(self, delivered: bytes, state: bytes | None, step: bytes | None = None) -> bytes:
+        """Trains from the global state; contributes the update, or only how large its values are."""
         with self._logged("fit"):
-            if total is None:
-                raise OutOfTurn(f"site {spec.site} was asked to train, but the sum is about {self._task.purpose}")
-            if total != (self._total_slices or total):
-                raise OtherAttempt(f"site {spec.site} was told another total of slices than before")
-            self._total_slices = total
-            accepted, attempt = self._accept(state), self._current()
+            task = self._task
+            if task.purpose not in ("update", "magnitudes") or task.stage:
+                raise OutOfTurn(f"site {self.spec.site} was asked to train, but the sum is about {task.about}")
+            self._check_total(task)
+            accepted = self._accept(state, step)
             with self._masks_ahead(delivered):
                 # A repeated attempt of a round starts from the same state: what was trained is still right.
-                key = (attempt.round, attempt.model_hash)
+                key = (self._current().round, self._current().model_hash)
                 if self._fit is None or self._fit[0] != key:
                     self._fit = None
-                    self._fit = (
-                        key,
-                        self._site.learner.fit(accepted, attempt.round, spec.federation.rounds, spec.seed),
-                    )
-            fit, manifest = self._fit[1], self._site.manifest
-            return self._contribute(
-                lambda encoder, layout: put_update(encoder, layout, manifest, spec.federation, fit, total)
-            )
+                    self._fit = (key, self._train(accepted))
+                basis = first_basis(self.spec.federation, self._site.manifest, self.spec.seed, self._current().round)
+            return self._give(task, basis)
 
-    def score(self, delivered: bytes, state: bytes | None) -> bytes:
-        """Segments the cases of the task's split with the global state; contributes Dice sums and counts per class."""
+    def project(self, delivered: bytes, basis: bytes) -> bytes:
+        """Contributes what a later stage asks of the round's update: its products, projected on a basis.
+
+        Raises:
+            OtherModel: the basis is not the one that was announced.
+            CheckpointError: it does not fit the layers.
+        """
+        with self._logged("project"):
+            task, federation, attempt = self._task, self.spec.federation, self._current()
+            if not task.stage:
+                raise OutOfTurn(f"site {self.spec.site} was asked to project, but the sum is about {task.about}")
+            self._check_total(task)
+            if sha256(basis).hexdigest() != task.basis:
+                raise OtherModel(f"site {self.spec.site} was sent another basis than the one that was announced")
+            if self._fit is None or self._fit[0] != (attempt.round, attempt.model_hash):
+                raise RoundError(f"site {self.spec.site} has no update of this round (it may have been restarted)")
+            with self._masks_ahead(delivered):
+                shapes = basis_shapes(federation, self._site.manifest, task.stage)
+                unpacked = unpack_basis(basis, shapes, federation.broadcast_bits)
+            return self._give(task, unpacked)
+
+    def score(self, delivered: bytes, state: bytes | None, step: bytes | None = None) -> bytes:
+        """Segments the cases of the task's split with the global state and the site's own local layers, or with the
+        site's own model; contributes Dice sums and counts per class."""
         with self._logged("score"):
             self._scored = []
-            if self._task.split is None:
-                raise OutOfTurn(f"site {self.spec.site} was asked to score, but the sum is about {self._task.purpose}")
-            load_shared_state(self._site.learner.segmenter, self._site.manifest, self._accept(state))
+            task = self._task
+            if task.split is None:
+                raise OutOfTurn(f"site {self.spec.site} was asked to score, but the sum is about {task.about}")
+            accepted = self._accept(state, step)
             with self._masks_ahead(delivered):
-                self._scored = self._segment_all(self._task.split)
+                if task.personal:
+                    self._fine_tune(accepted)
+                else:
+                    self._site.learner.load(accepted.tensors, self._course(accepted, None))
+                self._scored = self._segment_all(task.split)
             totals, counts = dice_sums([score for score, _ in self._scored], len(self._site.classes))
             return self._contribute(lambda encoder, _: encoder.put_all({"dice": totals, "cases": counts}))
 
@@ -205,9 +275,138 @@ class FederatedSite(SummingSite):
             raise RoundError(f"site {self.spec.site} is not open (it may have been restarted)")
         return self._opened
 
-    def _lanes(self, task: Task) -> VectorLayout:
-        site = self._site
-        return layout_of(task, len(self.spec.sites), site.manifest, len(site.classes), self.spec.federation)
+    @property
+    def _keeps(self) -> bool:
+        """Whether anything of this site outlives a round."""
+        federation = self.spec.federation
+        return bool(
+            self.spec.selection.local or federation.scaffold or federation.privacy or self.spec.learning.keep_optimizer
+        )
+
+    def _round(self, number: int) -> Round:
+        spec, site = self.spec, self._site
+        return Round(number, spec.seed, spec.sites, site.manifest, len(site.classes), spec.federation)
+
+    def _amount(self) -> float:
+        if self.spec.federation.weights == "equal":
+            return 1.0
+        if self.spec.federation.weights == "cases":
+            return float(len(self._site.prepared.cohort.select(self.spec.site, "train")))
+        return float(len(self._site.learner.dataset))
+
+    def _check_total(self, task: Task) -> None:
+        if task.total != (self._total or task.total):
+            raise OtherAttempt(f"site {self.spec.site} was told another total weight than before")
+        self._total = task.total
+
+    def _course(self, state: GlobalState, round_number: int | None) -> Course:
+        """What this site brings to a round's training; None for scoring, with the newest it has."""
+        site, federation = self._site, self.spec.federation
+        rank = federation.site_ranks.get(self.spec.site)
+        kept = site.memory.latest() if round_number is None else site.memory.before(round_number)
+        return Course(
+            kinds=trained_kinds(federation, round_number or 1),
+            kept={name: value for name, value in kept[1].items() if name != _NOISE} if kept else {},
+            control=state.control,
+            beyond=None if rank is None else beyond_rank(site.manifest, rank),
+            new_basis=federation.is_product,
+        )
+
+    def _train(self, state: GlobalState) -> Trained:
+        spec, number = self.spec, self._current().round
+        course = self._course(state, number)
+        fit = self._site.learner.fit(state.tensors, number, spec.federation.rounds, spec.seed, course)
+        start = state.vector.copy()
+        if course.beyond is not None:
+            start[course.beyond] = 0.0
+        return Trained(fit, start, self._noise(number) if spec.federation.privacy else None)
+
+    def _give(self, task: Task, basis: Basis) -> bytes:
+        """Contributes what the task asks of the round's training."""
+        assert self._fit is not None  # made by `fit`, asked for by `project`
+        trained, about, site = self._fit[1], self._round(self._current().round), self.spec.site
+        if trained.noise is not None:
+            state = trained.noise.bit_generator.state
+            try:
+                return self._contribute(
+                    lambda encoder, _: put_private(encoder, about, trained.fit.update, trained.noise)  # type: ignore[arg-type]
+                )
+            finally:
+                trained.noise.bit_generator.state = state
+        given = self._contribution(trained, about, task, basis)
+
+        def fill(encoder: Encoder, layout: VectorLayout) -> None:
+            check_update(trained.fit.update, about.config)
+            if task.purpose == "magnitudes":
+                put_magnitudes(encoder, about, task, site, given, trained.fit.steps)
+            else:
+                put_update(encoder, layout, about, task, site, given, trained.fit)
+
+        return self._contribute(fill)
+
+    def _contribution(self, trained: Trained, about: Round, task: Task, basis: Basis) -> Contribution:
+        assert task.total is not None
+        config, manifest, fit = self.spec.federation, self._site.manifest, trained.fit
+        after = trained.start.astype(np.float64) + fit.update
+        parts: dict[str, Array] = {}
+        probes = np.empty(0)
+        if task.stage == 0:
+            for name, group in about.groups.items():
+                parts[name] = fit.update[group.index]
+                if fit.control is not None:
+                    parts[CONTROL + name] = fit.control[group.index]
+            if config.meter_probes:
+                meter = Meter(config, manifest, about.seed, about.number)
+                probes = (meter.read(after) - meter.read(trained.start)).ravel()
+        parts |= product_values(config, manifest, task.stage, basis, trained.start, after)
+        return Contribution(parts, self._amount() / task.total, probes)
+
+    def _contributed(self) -> None:
+        """What this site keeps for the next round counts once its update is in a sum."""
+        if self._task.purpose == "update" and self._task.stage == 0 and self._fit is not None and self._keeps:
+            kept = dict(self._fit[1].fit.kept)
+            if (newest := self._site.memory.latest()) and newest[0] == self._current().round and _NOISE in newest[1]:
+                kept[_NOISE] = newest[1][_NOISE]
+            self._site.memory.save(self._current().round, kept)
+
+    def _noise(self, number: int) -> np.random.Generator:
+        """The source of this round's noise: drawn once and noted, as the same update with two noises is spent twice."""
+        memory, rng = self._site.memory, secret_rng()
+        newest = memory.latest()
+        if newest and newest[0] == number and _NOISE in newest[1]:
+            key = newest[1][_NOISE]
+        else:
+            key = rng.integers(0, 2**64, 2, dtype=np.uint64)
+            before = memory.before(number)
+            memory.save(number, {**(before[1] if before else {}), _NOISE: key})
+        return np.random.Generator(np.random.Philox(key=key))
+
+    def _fine_tune(self, state: GlobalState) -> None:
+        """This site's own model: a last training of all it may train, from the last global state. It stays here."""
+        spec, site = self.spec, self._site
+        course = self._course(state, None)
+        own = Course(kept=course.kept, beyond=course.beyond, new_basis=True, steps=spec.federation.personal_steps)
+        site.learner.fit(state.tensors, 1, 1, derive_seed(spec.seed, "personal"), own)
+        folder = spec.federation.site_dir.expanduser() / spec.run / spec.site / "adapter"
+        cohort = site.prepared.cohort
+        card = describe(
+            site.learner.segmenter,
+            run=spec.run,
+            cohort=cohort.name,
+            classes=cohort.classes,
+            modality=cohort.modality,
+            synthetic=cohort.synthetic,
+            scored_as=cohort.scored_as,
+            dice=None,
+            dice_by_class=dict.fromkeys(cohort.classes),
+            preprocess=site.prepared.config,
+            slices=spec.slices,
+            precision=spec.learning.precision,
+        )
+        save_adapter(site.learner.segmenter, site.manifest, folder, card)
+
+    def _lanes(self, task: Task, round_number: int) -> VectorLayout:
+        return layout_of(task, self._round(round_number))
 
     def _signed(self, task: Task, layout: VectorLayout) -> dict[str, str]:
         site = self._site
@@ -221,16 +420,24 @@ class FederatedSite(SummingSite):
         if attempt.round > spec.federation.rounds:
             raise OtherAttempt(f"site {spec.site} refuses round {attempt.round} of {spec.federation.rounds}")
 
-    def _accept(self, state: bytes | None) -> dict[str, Array]:
-        """The global state, if it is the one that all sites were told of. None stands for the one held already."""
-        attempt = self._current()
-        unpacked = self._held if state is None else unpack_state(self._site.manifest, state)
-        if unpacked is None:
+    def _accept(self, state: bytes | None, step: bytes | None) -> GlobalState:
+        """The global state, if it is the one that all sites were told of: sent whole, or as a step from the one that
+        this site holds, or held already."""
+        attempt, manifest = self._current(), self._site.manifest
+        if state is not None:
+            unpacked = unpack_global(manifest, state)
+        elif self._held is None:
             raise RoundError(f"site {self.spec.site} holds no global state (it may have been restarted)")
-        if (received := state_hash(self._site.manifest, unpacked)) != attempt.model_hash:
+        elif step is None:
+            unpacked = self._held
+        elif self.spec.federation.broadcast_bits == 32:
+            unpacked = apply_changes(self._held, step)
+        else:
+            unpacked = take_step(self._held, step)
+        if unpacked.hash != attempt.model_hash:
             raise OtherModel(
                 f"site {self.spec.site} refuses round {attempt.round}: the global state it received has hash "
-                f"{received}, announced was {attempt.model_hash}"
+                f"{unpacked.hash}, announced was {attempt.model_hash}"
             )
         self._held = unpacked
         return unpacked

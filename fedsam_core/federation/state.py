@@ -1,8 +1,10 @@
-"""The global shared state on the wire and on disk: safetensors, named by the manifest."""
+"""The global state that all sites hold alike: its hash, and how it travels and is stored (safetensors)."""
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,81 @@ from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import ParameterManifest
 
 Array = np.ndarray[Any, Any]
+
+_CONTROL = "scaffold.control"
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """What all sites hold alike.
+
+    Attributes:
+        vector: float32 [manifest.shared_size], the shared values.
+        control: float32 [manifest.shared_size], the common control variate (SCAFFOLD); None without.
+    """
+
+    manifest: ParameterManifest
+    vector: np.ndarray[Any, np.dtype[np.float32]]
+    control: np.ndarray[Any, np.dtype[np.float32]] | None = None
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """The shared values by entry name."""
+        return self.manifest.unflatten(self.vector)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) over layout and values; without control variates that of `state_hash`."""
+        plain = state_hash(self.manifest, self.tensors)
+        if self.control is None:
+            return plain
+        return hashlib.sha256(plain.encode() + self.control.tobytes()).hexdigest()
+
+
+def pack_global(state: GlobalState) -> bytes:
+    """The whole state, for a site that holds no earlier one."""
+    extra = {} if state.control is None else {_CONTROL: state.control}
+    return save({**state.tensors, **extra})
+
+
+def unpack_global(manifest: ParameterManifest, data: bytes) -> GlobalState:
+    """The inverse of `pack_global`.
+
+    Raises:
+        CheckpointError: `data` is not safetensors.
+        SelectionError: a name or a shape differs from the manifest.
+    """
+    tensors = _load(data)
+    control = tensors.pop(_CONTROL, None)
+    if control is not None and control.shape != (manifest.shared_size,):
+        raise CheckpointError(f"control variates have shape {control.shape}, not ({manifest.shared_size},)")
+    return GlobalState(
+        manifest, manifest.flatten(tensors), None if control is None else control.astype(np.float32, copy=False)
+    )
+
+
+def pack_changes(old: GlobalState, new: GlobalState) -> bytes:
+    """The tensors of `new` that differ from those of `old`, as they are."""
+    before, after = old.tensors, new.tensors
+    changed = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
+    if new.control is not None:
+        changed[_CONTROL] = new.control
+    return save(changed)
+
+
+def apply_changes(state: GlobalState, data: bytes) -> GlobalState:
+    """The inverse of `pack_changes`. Raises as `unpack_global`."""
+    changed = _load(data)
+    control = changed.pop(_CONTROL, state.control)
+    tensors = state.tensors | changed
+    return GlobalState(state.manifest, state.manifest.flatten(tensors), control)
+
+
+def _load(data: bytes) -> dict[str, Array]:
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"the global state is not a readable safetensors message ({error})") from error
 
 
 def pack_state(manifest: ParameterManifest, state: Mapping[str, Array], note: Mapping[str, str] | None = None) -> bytes:
@@ -49,11 +126,7 @@ def unpack_state(manifest: ParameterManifest, data: bytes) -> dict[str, Array]:
         CheckpointError: `data` is not safetensors.
         SelectionError: a name or a shape differs from the manifest.
     """
-    try:
-        state = load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"the global state is not a readable safetensors message ({error})") from error
-    return manifest.unflatten(manifest.flatten(state))
+    return manifest.unflatten(manifest.flatten(_load(data)))
 
 
 def state_hash(manifest: ParameterManifest, state: Mapping[str, Array]) -> str:

@@ -5,6 +5,7 @@ A site that does not answer a stage in time is left out of what follows; the sum
 enough of them remain.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -14,8 +15,8 @@ import numpy as np
 
 from fedsam_core.errors import RoundError, SecureSumError
 from fedsam_core.federation.engine import Engine, describe_failure
-from fedsam_core.federation.lanes import Task, attempt_to_json
 from fedsam_core.federation.ledger import Ledger
+from fedsam_core.federation.tasks import Task, attempt_to_json
 from fedsam_core.secagg.aggregator import AggregatorSession
 from fedsam_core.secagg.attempt import Attempt
 from fedsam_core.secagg.keys import Roster
@@ -35,13 +36,19 @@ class Contribution:
 
     Attributes:
         method: the site's method.
-        state: the packed global state, None where none is needed.
-        holders: sites that hold this state already and are not sent it again.
+        keyword: of what is sent beside the keys' shares; "" for nothing.
+        common: that message, the same for all sites that need it.
+        step: what leads from the state before to this one, for sites that hold that.
+        holders: sites that hold the state already and are sent none of it.
+        followers: sites that hold the state before, and are sent the step.
     """
 
     method: str
-    state: bytes | None = None
+    keyword: str = ""
+    common: bytes = b""
+    step: bytes = b""
     holders: frozenset[str] = frozenset()
+    followers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,10 @@ class Relay:
     def announce(self, receive: Callable[[str, bytes], None]) -> None:
         """The first stage: what the sum is about."""
         message = attempt_to_json(self.attempt)
-        keywords = {"attempt": message, "task": self._task.model_dump()}
-        sites = self.attempt.sites
-        self._stage("advertise", dict.fromkeys(sites, keywords), dict.fromkeys(sites, len(message)), receive)
+        task = self._task.model_dump()
+        keywords = {"attempt": message, "task": task}
+        sites, size = self.attempt.sites, len(message) + len(json.dumps(task).encode())
+        self._stage("advertise", dict.fromkeys(sites, keywords), dict.fromkeys(sites, size), receive)
 
     def broadcast(self, method: str, keyword: str, message: bytes, receive: Callable[[str, bytes], None]) -> None:
         """A stage in which every present site gets the same message."""
@@ -96,15 +104,19 @@ class Relay:
     def collect(
         self, how: Contribution, deliveries: Mapping[str, bytes], receive: Callable[[str, bytes], None]
     ) -> None:
-        """The stage in which sites contribute; each gets its own delivery, and the global state if it needs it."""
+        """The stage in which sites contribute; each gets its own delivery, and what it lacks of the global state."""
         present = [site for site in deliveries if site not in self.lost]
         args: dict[str, dict[str, Any]] = {site: {"delivered": deliveries[site]} for site in present}
         sizes = {site: len(deliveries[site]) for site in present}
-        if how.state is not None:
-            shared = self._engine.share(how.state)
+        if how.keyword:
+            common, step = self._engine.share(how.common), self._engine.share(how.step)
             for site in present:
-                args[site]["state"] = None if site in how.holders else shared
-                sizes[site] += 0 if site in how.holders else len(how.state)
+                follows = site in how.followers
+                sent = b"" if site in how.holders else how.step if follows else how.common
+                args[site][how.keyword] = None if site in how.holders or follows else common
+                if follows:
+                    args[site]["step"] = step
+                sizes[site] += len(sent)
         self._stage(how.method, args, sizes, receive)
 
     def _stage(

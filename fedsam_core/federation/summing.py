@@ -18,8 +18,8 @@ from fedsam_core.errors import RoundError, SecureSumError
 from fedsam_core.federation.answered import Answered
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import describe_failure
-from fedsam_core.federation.lanes import Task, attempt_from_json, task_from_dict
 from fedsam_core.federation.policy import read_policy
+from fedsam_core.federation.tasks import Task, attempt_from_json, task_from_dict
 from fedsam_core.hashing import derive_seed
 from fedsam_core.secagg.attempt import Attempt, default_threshold
 from fedsam_core.secagg.keyfiles import passphrase_from_environment, read_identity, read_roster
@@ -64,8 +64,8 @@ class SummingSite(ABC):
         self._layout: VectorLayout | None = None
 
     @abstractmethod
-    def _lanes(self, task: Task) -> VectorLayout:
-        """The lanes of the sum that the task asks for."""
+    def _lanes(self, task: Task, round_number: int) -> VectorLayout:
+        """The lanes of the sum that the task asks for in a round."""
 
     @abstractmethod
     def _signed(self, task: Task, layout: VectorLayout) -> dict[str, str]:
@@ -110,7 +110,7 @@ class SummingSite(ABC):
             announced = attempt_from_json(attempt)
         with self._logged("advertise", announced):
             asked = task_from_dict(task)
-            layout = self._lanes(asked)
+            layout = self._lanes(asked, announced.round)
             self._compare(announced, asked, layout)
             self._answered.enter(announced)
             self._end_sum()
@@ -132,7 +132,7 @@ class SummingSite(ABC):
         with self._logged("confirm"):
             session = self._running()
             message = session.confirm(survivors)
-            self._answered.check(self._current(), self._about, session.survivors)
+            self._answered.check(self._current(), self._task.about, session.survivors, self._task.follows)
             return message
 
     def unmask(self, confirmations: bytes) -> bytes:
@@ -141,14 +141,13 @@ class SummingSite(ABC):
             session = self._running()
             message = session.unmask(confirmations)
             # Before the shares leave, for whom they are is noted for good.
-            self._answered.open(self._current(), self._about, session.survivors)
+            self._answered.open(self._current(), self._task.about, session.survivors, self._task.follows)
+            self._contributed()
             self._end_sum()
             return message
 
-    @property
-    def _about(self) -> str:
-        """What the present sum is about, whatever attempt it is."""
-        return self._task.purpose + (f"/{self._task.split}" if self._task.split else "")
+    def _contributed(self) -> None:  # noqa: B027
+        """This site's values are in a sum that is being opened."""
 
     def _current(self) -> Attempt:
         if self._attempt is None:
@@ -236,6 +235,7 @@ class SummingSite(ABC):
                 f"federation.update_clip ({self.spec.federation.update_clip:g})"
             ) from None
         if self.spec.federation.secure_sum == "plain":
+            self._contributed()
             return plain_input(attempt, self.spec.site, self._identity, layout, encoder.vector())
         return self._running().masked_input(encoder.vector())
 

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from fedsam_core.errors import FedsamError
 from fedsam_core.federation.config import FederationConfig
-from fedsam_core.federation.lanes import Task, attempt_from_dict, layout_of, read_update, sum_hash
-from fedsam_core.federation.rounds import State, apply_update
-from fedsam_core.federation.state import state_hash
-from fedsam_core.secagg.attempt import PROTOCOL, Attempt, default_threshold
+from fedsam_core.federation.lanes import Round, layout_of
+from fedsam_core.federation.rounds import State
+from fedsam_core.federation.server import Course, Server
+from fedsam_core.federation.state import GlobalState
+from fedsam_core.federation.tasks import Task, attempt_from_dict, sum_hash
+from fedsam_core.secagg.attempt import PROTOCOL, default_threshold
 from fedsam_core.secagg.keys import Roster, fingerprint
 from fedsam_core.secagg.layout import VectorLayout
 from fedsam_core.secagg.messages import (
@@ -56,8 +58,8 @@ class Stored:
 
     Attributes:
         manifest: of the run.
-        initial: reads the global state before the first round; None where it is not kept.
-        final: reads the last global state, and the notes in the header of its file.
+        initial: reads the shared values before the first round; None where they are not kept.
+        final: reads the last shared values, and the notes in the header of their file.
         read_sum: bytes of the sum with that entry number; None where it is not kept.
     """
 
@@ -125,6 +127,7 @@ class _Replay:
     heads: list[str] = field(default_factory=list)
     rosters: dict[int, Roster] = field(default_factory=dict)  # by the entry that they hold from
     last_state: str = ""
+    replayed: GlobalState | None = None
 
     def read(self, lines: Sequence[bytes]) -> str:
         self.entries, head = read_chain(lines)
@@ -287,10 +290,10 @@ class _Replay:
 
     def sums(self) -> str:
         kept = missing = 0
-        config, classes = self._config(), self.only("run")[0]["classes"]
+        config = self._config()
         for entry in self.only("sum"):
             attempt, task = attempt_from_dict(entry["attempt"]), Task.model_validate(entry["task"])
-            layout = layout_of(task, len(attempt.sites), self.stored.manifest, classes, config)
+            layout = layout_of(task, self._round(attempt.round))
             if layout != VectorLayout.from_dict(entry["layout"]):
                 raise _Wrong(f"entry {entry['sequence']}: the lanes are not those of the run's configuration")
             if sum_hash(self.stored.manifest, layout, task) != attempt.layout_hash:
@@ -310,58 +313,82 @@ class _Replay:
         return f"{kept} sums are as recorded, and none is beyond what its sites can reach"
 
     def states(self) -> str:
-        """Global states follow from the sums, and every sum's sites signed for the state of its round."""
-        config, state = self._config(), self.stored.initial()
-        clips: dict[str, float] | None = None
-        slices: float | None = None
+        """Global states follow from the sums, and every sum's sites signed for the state of its round.
+
+        The server's arithmetic is repeated. Under a product rule it factors matrices, whose last bits another processor
+        may give otherwise: the states then differ, and the check says so.
+        """
+        config, initial = self._config(), self.stored.initial()
         first, *others = self.only("state")
-        if first["round"] != 0 or any(entry["round"] == 0 for entry in others):
+        if first["round"] != 0 or first["sums"] or any(entry["round"] == 0 for entry in others):
             raise _Wrong("the record should have one state of round 0, before all others")
         self.last_state = first["state_hash"]
-        if state is not None and state_hash(self.stored.manifest, state) != self.last_state:
+        server = None if initial is None else Server(self._round(1), initial)
+        if server is not None and server.state.hash != self.last_state:
             raise _Wrong("the initial state is not the recorded one")
-        repeated = 0
-        rounds: dict[int, str] = {}
+        weight = float(len(self.only("run")[0]["sites"])) if config.weights == "equal" else None
+        course: Course | None = None  # of the round that is repeated
+        sums: list[int] = []  # entries of the sums of that round
+        repeated = total = 0
         for entry in self.entries:
             where = f"entry {entry['sequence']}"
             if entry["kind"] in ("sum", "failed"):
-                attempt, task = attempt_from_dict(entry["attempt"]), entry["task"]
-                if task["purpose"] != "weights" and attempt.model_hash != self.last_state:
+                attempt, task = attempt_from_dict(entry["attempt"]), Task.model_validate(entry["task"])
+                if task.purpose != "weights" and attempt.model_hash != self.last_state:
                     raise _Wrong(f"{where}: the sites signed for another global state than the recorded one")
-                if task["purpose"] == "weights" and entry["kind"] == "sum":
-                    slices = float(self._lanes(entry)["slices"][0])
-                if task["purpose"] == "update" and task["total_slices"] != slices:
-                    raise _Wrong(f"{where}: the sites were told another number of slices than they had summed")
-                if task["purpose"] == "update" and state is not None and task["clips"] != clips:
-                    raise _Wrong(f"{where}: the clips do not follow from the sum before")
-            elif entry["kind"] == "state" and entry["round"] > 0:
-                if not 0 < entry["sum"] < entry["sequence"]:
-                    raise _Wrong(f"{where}: its sum is not one before it")
-                source = self.entries[entry["sum"]]
-                self._of_round(source, entry, rounds)
-                if state is not None and self.packed(source) is not None:
-                    layout, lanes = VectorLayout.from_dict(source["layout"]), self._lanes(source)
-                    update = read_update(layout, lanes, source["contributors"], self.stored.manifest, config)
-                    state, clips = apply_update(self.stored.manifest, state, update), update.clips
-                    if state_hash(self.stored.manifest, state) != entry["state_hash"]:
-                        raise _Wrong(f"round {entry['round']}: the recorded state does not follow from the sum")
-                    repeated += 1
+                if task.purpose == "weights" and entry["kind"] == "sum":
+                    weight = float(self._lanes(entry)["amount"][0])
+                if task.purpose not in ("update", "magnitudes"):
+                    continue
+                if task.total != weight:
+                    raise _Wrong(f"{where}: the sites were told another total weight than they had summed")
+                if attempt.round != total + 1:
+                    raise _Wrong(f"{where}: a sum of round {attempt.round} stands where one of {total + 1} should")
+                if server is not None:
+                    course = course or server.begin(total + 1, task.total or 0.0)
+                    if task != course.task():
+                        raise _Wrong(f"{where}: what the sites were asked does not follow from the sums before")
+                if entry["kind"] == "failed":
+                    continue
+                sums.append(entry["sequence"])
+                if course is not None and self.packed(entry) is not None:
+                    course.take(task, self._layout(entry), self._lanes(entry), entry["contributors"])
                 else:
-                    state = None
+                    server = course = None
+            elif entry["kind"] == "state" and entry["round"] > 0:
+                total += 1
+                if entry["round"] != total:
+                    raise _Wrong(f"round {entry['round']} follows round {total - 1}")
+                if not sums or entry["sums"] != sums:
+                    raise _Wrong(f"round {total}: its state is not made from that round's sums")
+                if course is not None and server is not None:
+                    if course.task() is not None and not course.give_up():
+                        raise _Wrong(f"round {total}: a sum is missing")
+                    if course.finish().state.hash != entry["state_hash"]:
+                        raise _Wrong(f"round {total}: the recorded state does not follow from the sums")
+                    repeated += 1
+                course, sums = None, []
                 self.last_state = entry["state_hash"]
-        total = len(rounds)
-        if total < config.rounds:
-            self.unchecked["end of the run"] = f"the run was to have {config.rounds} rounds, the record has {total}"
+        self._end(server, total, repeated)
+        return f"{repeated} of {total} rounds repeated bit for bit from their sums"
+
+    def _end(self, server: Server | None, total: int, repeated: int) -> None:
+        rounds = self._config().rounds
+        self.replayed = None if server is None else server.state
+        if total < rounds:
+            self.unchecked["end of the run"] = f"the run was to have {rounds} rounds, the record has {total}"
         later = [e for e in self.entries[self.only("state")[-1]["sequence"] :] if e["kind"] == "sum"]
         if not later:
             self.unchecked["last state"] = "no site signed for the last state: nothing was summed after it"
         if repeated < total:
             self.unchecked["all states"] = f"{total - repeated} of {total} rounds: a sum or the first state is missing"
-        return f"{repeated} of {total} rounds repeated bit for bit from their sums"
 
     def checkpoint(self) -> str:
         final, note = self.stored.final()
-        found = state_hash(self.stored.manifest, final)
+        control = self.replayed.control if self.replayed is not None else None
+        if self._config().scaffold and control is None:
+            raise _Wrong("state.safetensors cannot be compared: the control variates are known from all sums only")
+        found = GlobalState(self.stored.manifest, self.stored.manifest.flatten(final), control).hash
         if found != self.last_state:
             raise _Wrong(f"state.safetensors has hash {found[:16]}, the record ends with {self.last_state[:16]}")
         expected = {
@@ -395,10 +422,9 @@ class _Replay:
     def _config(self) -> FederationConfig:
         return FederationConfig.model_validate(self.only("run")[0]["federation"])
 
-    def _of_round(self, source: Entry, entry: Entry, rounds: dict[int, str]) -> None:
-        attempt: Attempt = attempt_from_dict(source["attempt"])
-        if source["kind"] != "sum" or source["task"]["purpose"] != "update" or attempt.round != entry["round"]:
-            raise _Wrong(f"round {entry['round']}: its state is not made from a sum of that round's updates")
-        if entry["round"] != len(rounds) + 1:
-            raise _Wrong(f"round {entry['round']} follows round {len(rounds)}")
-        rounds[entry["round"]] = entry["state_hash"]
+    def _layout(self, entry: Entry) -> VectorLayout:
+        return VectorLayout.from_dict(entry["layout"])
+
+    def _round(self, number: int) -> Round:
+        run = self.only("run")[0]
+        return Round(number, run["seed"], tuple(run["sites"]), self.stored.manifest, run["classes"], self._config())

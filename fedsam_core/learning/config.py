@@ -11,9 +11,20 @@ class LearningConfig(Settings):
     """Optimiser, loss and schedule of a site's local training."""
 
     local_steps: int = Field(24, ge=1, description="optimiser steps a site takes in a round")
+    local_epochs: float | None = Field(
+        None, gt=0, description="passes over a site's slices in a round, in place of local_steps"
+    )
     batch_size: int = Field(12, ge=1, description="slices in a step; a site with fewer takes all it has")
-    learning_rate: float = Field(2e-3, gt=0, description="AdamW's peak learning rate")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's decoupled weight decay")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="a site's optimiser")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    keep_optimizer: bool = Field(
+        False,
+        description="a site keeps its optimiser's state from round to round; false: every round starts anew. LoRA's "
+        "part starts anew all the same where the rule gives it a new basis (product-dense, product-sketch)",
+    )
+    proximal: float = Field(0.0, ge=0, description="FedProx: pull (mu) of a site's values towards the global state")
+    learning_rate: float = Field(2e-3, gt=0, description="the optimiser's peak learning rate")
+    weight_decay: float = Field(0.1, ge=0, description="the optimiser's weight decay, decoupled in AdamW")
     schedule: Literal["cosine", "poly", "constant"] = Field(
         "cosine", description="decay of the learning rate over the rounds of the run, after the warm-up"
     )

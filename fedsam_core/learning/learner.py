@@ -1,7 +1,9 @@
 """A site's resident learner: the model stays in memory, a round trains it from the global state."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +15,41 @@ from fedsam_core.data.slices import SliceDataset
 from fedsam_core.errors import TrainingError
 from fedsam_core.hashing import derive_seed
 from fedsam_core.learning.config import LearningConfig
+from fedsam_core.learning.corrections import ControlVariate, Proximal
 from fedsam_core.learning.device import autocast_dtype
 from fedsam_core.learning.schedule import learning_rate
-from fedsam_core.sam.adapters import load_shared_state, shared_state
+from fedsam_core.sam.adapters import (
+    load_local_state,
+    load_shared_state,
+    local_state,
+    named_parameters,
+    shared_state,
+)
 from fedsam_core.sam.segmenter import SamSegmenter
-from fedsam_core.selection import ParameterManifest
+from fedsam_core.selection import ALL_KINDS, LORA_SCALE, Kind, ManifestEntry, ParameterManifest
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a round asks of a site's training beside the global state.
+
+    Attributes:
+        kinds: shared values of these kinds are trained; local ones always are.
+        kept: what the site kept from the round before (`Fit.kept`).
+        control: float32 [manifest.shared_size], the common control variate of SCAFFOLD; None without.
+        beyond: intp, places of the flat vector that this site does not have, as its rank is lower: held at zero.
+        new_basis: LoRA's factors have another basis than in the round before, so its optimiser state is of no use.
+        steps: of the optimiser; None for what the configuration says.
+    """
+
+    kinds: Collection[Kind] = ALL_KINDS
+    kept: Mapping[str, Array] = field(default_factory=dict)
+    control: Array | None = None
+    beyond: np.ndarray[Any, np.dtype[np.intp]] | None = None
+    new_basis: bool = False
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -25,11 +57,15 @@ class Fit:
     """What a round's training gave. Never leaves the site unmasked.
 
     Attributes:
-        update: float32 [manifest.shared_size], trained minus global state.
+        update: float32 [manifest.shared_size], trained minus global state (its part that the site has).
         slices: training slices of the site; the weight of its update.
         loss: mean training loss over the round's steps.
         dice_numerator, dice_denominator: float64 [foreground classes], 2 * |prediction and label| and
             |prediction| + |label| over the round's steps, as shares of all pixels seen.
+        steps: that the optimiser took.
+        control: float32 [manifest.shared_size], change of the site's control variate (SCAFFOLD); None without.
+        kept: for the next round, and never sent: local values ("local/NAME"), the optimiser's state
+            ("optimizer/NAME/KEY") and the control variate ("control/NAME").
     """
 
     update: np.ndarray[Any, np.dtype[np.float32]]
@@ -37,6 +73,9 @@ class Fit:
     loss: float
     dice_numerator: np.ndarray[Any, np.dtype[np.float64]]
     dice_denominator: np.ndarray[Any, np.dtype[np.float64]]
+    steps: int = 1
+    control: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    kept: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Learner:
@@ -67,77 +106,220 @@ class Learner:
             lambda_dice=config.dice_weight,
             lambda_ce=config.ce_weight,
         )
+        self._shared = frozenset(manifest.shared)
+        self._local_start = local_state(segmenter, manifest)
         foreground = dataset.foreground_slices()
         self._foreground, self._empty = np.flatnonzero(foreground), np.flatnonzero(~foreground)
 
-    def fit(self, state: Mapping[str, np.ndarray[Any, Any]], round_number: int, rounds: int, seed: int) -> Fit:
+    def fit(
+        self,
+        state: Mapping[str, Array],
+        round_number: int,
+        rounds: int,
+        seed: int,
+        course: Course = Course(),
+    ) -> Fit:
         """One round of local training from the global state.
 
-        A pure function of its arguments and the site's slices: the optimiser starts anew, and every random draw comes
-        from (seed, round, site). On CPU the result is bit-equal whenever it is repeated with the same thread count.
+        A pure function of its arguments and the site's slices: every random draw comes from (seed, round, site), and
+        the optimiser starts anew unless its state is in `course.kept`. On CPU the result is bit-equal whenever it is
+        repeated with the same thread count.
 
         Raises:
             TrainingError: a loss or a gradient is not finite; names site, round and step.
         """
         torch.set_num_threads(self.config.threads)
-        load_shared_state(self.segmenter, self.manifest, state)
+        start = self.load(state, course)
         self.segmenter.train()
-        parameters = [p for p in self.segmenter.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
-        )
-        round_seed = derive_seed(seed, "fit", round_number, self.site)
-        batches = self._draw_batches(np.random.default_rng(round_seed))
-        losses = []
-        overlap = torch.zeros(2, self.segmenter.classes, dtype=torch.float64, device=self.device)
-        for step, indices in enumerate(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, round_number, rounds, step)
-            loss, overlaps = self._step(
-                optimizer, parameters, indices, derive_seed(round_seed, step), round_number, step
-            )
-            losses.append(loss)
-            overlap += overlaps / len(batches)
-        trained = shared_state(self.segmenter, self.manifest)
-        update = self.manifest.flatten(trained) - self.manifest.flatten(state)
+        with self._trained(course.kinds) as trained:
+            parameters = [parameter for _, parameter in trained]
+            optimizer = self._optimizer(trained, course)
+            corrections = self._corrections(trained, course)
+            holes = self._holes(trained, course)
+            round_seed = derive_seed(seed, "fit", round_number, self.site)
+            steps = self.steps if course.steps is None else course.steps
+            batches = self._draw_batches(np.random.default_rng(round_seed), steps)
+            losses = []
+            overlap = torch.zeros(2, self.segmenter.classes, dtype=torch.float64, device=self.device)
+            for step, indices in enumerate(batches):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(self.config, round_number, rounds, step, steps)
+                where = f"round {round_number}, step {step + 1}"
+                loss, overlaps = self._step(
+                    parameters, corrections, holes, indices, derive_seed(round_seed, step), where
+                )
+                optimizer.step()
+                losses.append(loss)
+                overlap += overlaps / len(batches)
+            kept, control = self._keep(trained, optimizer, corrections, course)
+        update = self.manifest.flatten(shared_state(self.segmenter, self.manifest)) - start
         numerator, denominator = overlap.cpu().numpy()
-        return Fit(update, len(self.dataset), float(np.mean(losses)), numerator, denominator)
+        return Fit(update, len(self.dataset), float(np.mean(losses)), numerator, denominator, steps, control, kept)
+
+    @property
+    def steps(self) -> int:
+        """Of the optimiser in a round."""
+        if self.config.local_epochs is None:
+            return self.config.local_steps
+        return max(1, math.ceil(self.config.local_epochs * len(self.dataset) / self._batch))
+
+    def load(self, state: Mapping[str, Array], course: Course) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Puts the global state and the site's own local values into the model; the former's flat vector, float32, as
+        far as the site has it."""
+        start = self.manifest.flatten(state)
+        if course.beyond is not None:
+            start[course.beyond] = 0.0
+        load_shared_state(self.segmenter, self.manifest, self.manifest.unflatten(start))
+        if self.manifest.local:
+            own = {name.removeprefix("local/"): value for name, value in course.kept.items() if name[:6] == "local/"}
+            load_local_state(self.segmenter, self.manifest, own or self._local_start)
+        return start
+
+    @property
+    def _batch(self) -> int:
+        return min(self.config.batch_size, len(self.dataset))
+
+    @contextmanager
+    def _trained(self, kinds: Collection[Kind]) -> Iterator[list[tuple[ManifestEntry, torch.nn.Parameter]]]:
+        """The entries that a round trains, in the manifest's order, while the others require no gradient."""
+        found = named_parameters(self.segmenter)
+        entries = [*self.manifest.shared, *self.manifest.local]
+        resting = [found[entry.name] for entry in self.manifest.shared if entry.kind not in kinds]
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        try:
+            yield [(entry, found[entry.name]) for entry in entries if found[entry.name].requires_grad]
+        finally:
+            for parameter in resting:
+                parameter.requires_grad_(True)
+
+    def _optimizer(
+        self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], course: Course
+    ) -> torch.optim.Optimizer:
+        config = self.config
+        scales = [p for entry, p in trained if entry.group == LORA_SCALE]  # 1 is their rest, and decay pulls to 0
+        others = [p for entry, p in trained if entry.group != LORA_SCALE]
+        groups: list[dict[str, Any]] = [{"params": others, "weight_decay": config.weight_decay}]
+        if scales:
+            groups.append({"params": scales, "weight_decay": 0.0})
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        for entry, parameter in trained:
+            prefix = f"optimizer/{entry.name}/"
+            found = {name.removeprefix(prefix): v for name, v in course.kept.items() if name.startswith(prefix)}
+            if found and not (course.new_basis and entry.kind != "whole"):
+                optimizer.state[parameter] = {
+                    key: torch.from_numpy(value.copy()).to(self.device) for key, value in found.items()
+                }
+        return optimizer
+
+    def _corrections(
+        self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], course: Course
+    ) -> list[Proximal | ControlVariate]:
+        """FedProx and SCAFFOLD, of the shared values alone: local ones have no global counterpart."""
+        shared = [(entry, p) for entry, p in trained if entry in self._shared]
+        parameters = [p for _, p in shared]
+        corrections: list[Proximal | ControlVariate] = []
+        if course.control is not None:  # first, as it learns from the raw gradient
+            common = self.manifest.unflatten(course.control)
+            zeros = {entry.name: np.zeros(entry.shape, np.float32) for entry, _ in shared}
+            own = [course.kept.get(f"control/{entry.name}", zeros[entry.name]) for entry, _ in shared]
+            corrections.append(
+                ControlVariate(
+                    parameters,
+                    [torch.from_numpy(np.array(value)) for value in own],
+                    [torch.from_numpy(common[entry.name]) for entry, _ in shared],
+                )
+            )
+        if self.config.proximal > 0:
+            corrections.append(Proximal(parameters, self.config.proximal))
+        return corrections
+
+    def _holes(
+        self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], course: Course
+    ) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """What a site of a lower rank has not: parameters, and where (bool) their gradient is to be zero."""
+        if course.beyond is None or not course.beyond.size:
+            return []
+        flat = np.zeros(self.manifest.shared_size, np.float32)
+        flat[course.beyond] = 1.0
+        missing = self.manifest.unflatten(flat)
+        return [
+            (parameter, torch.from_numpy(missing[entry.name] > 0).to(self.device))
+            for entry, parameter in trained
+            if entry in self._shared and missing[entry.name].any()
+        ]
+
+    def _keep(
+        self,
+        trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]],
+        optimizer: torch.optim.Optimizer,
+        corrections: Sequence[Proximal | ControlVariate],
+        course: Course,
+    ) -> tuple[dict[str, Array], np.ndarray[Any, np.dtype[np.float32]] | None]:
+        """What the site keeps for its next round, and the change of its control variate."""
+        kept: dict[str, Array] = dict(course.kept)
+        kept |= {f"local/{name}": value for name, value in local_state(self.segmenter, self.manifest).items()}
+        if self.config.keep_optimizer:
+            for entry, parameter in trained:
+                for key, value in optimizer.state[parameter].items():
+                    if isinstance(value, torch.Tensor):
+                        kept[f"optimizer/{entry.name}/{key}"] = value.detach().cpu().numpy().copy()
+        change = None
+        for correction in corrections:
+            if isinstance(correction, ControlVariate):
+                changes = {entry.name: np.zeros(entry.shape, np.float32) for entry in self.manifest.shared}
+                shared = [entry for entry, _ in trained if entry in self._shared]
+                for entry, own in zip(shared, correction.new_own(), strict=True):
+                    new = own.detach().cpu().numpy().astype(np.float32)
+                    changes[entry.name] = new - course.kept.get(f"control/{entry.name}", np.float32(0))
+                    kept[f"control/{entry.name}"] = new
+                change = self.manifest.flatten(changes)
+        return kept, change
 
     def _step(
         self,
-        optimizer: torch.optim.Optimizer,
         parameters: list[torch.nn.Parameter],
+        corrections: Sequence[Proximal | ControlVariate],
+        holes: Sequence[tuple[torch.nn.Parameter, torch.Tensor]],
         indices: np.ndarray[Any, np.dtype[np.int64]],
         seed: int,
-        round_number: int,
-        step: int,
+        where: str,
     ) -> tuple[float, torch.Tensor]:
+        """The gradient of a batch, corrected and clipped; its loss and overlaps."""
         images, labels = self.dataset.batch(indices, seed=seed, train=True)
         images, labels = images.to(self.device), labels.to(self.device)
-        optimizer.zero_grad(set_to_none=True)
+        self.segmenter.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             logits = self.segmenter(images)
         loss = self.loss(logits.float(), labels[:, None])
         loss.backward()
+        for correction in corrections:
+            correction.correct()
+        for parameter, missing in holes:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(missing, 0.0)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip or float("inf"))
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             what = "the loss" if not torch.isfinite(loss) else "a gradient"
             raise TrainingError(
-                f"site {self.site}: {what} is not finite in round {round_number}, step {step + 1}; nothing of this "
+                f"site {self.site}: {what} is not finite in {where}; nothing of this "
                 f"round is sent. Lower learning.learning_rate ({self.config.learning_rate:g}), or set "
                 "learning.precision=fp32"
             )
-        optimizer.step()
         return float(loss.detach()), _overlap(logits.detach(), labels)
 
-    def _draw_batches(self, rng: np.random.Generator) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    def _draw_batches(self, rng: np.random.Generator, steps: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         """Slice indices of every step: of all of them `empty_share` without any structure, the others with one.
 
         Where the share of a batch is no whole number of slices it is met over the steps. Both kinds are drawn without
         replacement until a pool is exhausted, then shuffled again. A site that has slices of one kind only fills its
         batches with them.
         """
-        size, steps = min(self.config.batch_size, len(self.dataset)), self.config.local_steps
+        size = self._batch
         share = self.config.empty_share if len(self._foreground) else 1.0
         share = share if len(self._empty) else 0.0
         until = [round(step * size * share) for step in range(steps + 1)]  # empty slices before each step

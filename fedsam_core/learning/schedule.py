@@ -9,7 +9,7 @@ import math
 from fedsam_core.learning.config import LearningConfig
 
 
-def learning_rate(config: LearningConfig, round_number: int, rounds: int, step: int) -> float:
+def learning_rate(config: LearningConfig, round_number: int, rounds: int, step: int, steps: int) -> float:
     """The learning rate of one step.
 
     Args:
@@ -17,11 +17,12 @@ def learning_rate(config: LearningConfig, round_number: int, rounds: int, step: 
         round_number: 1 for the first round.
         rounds: number of rounds of the run.
         step: 0 for the first step of the round.
+        steps: that the site takes in the round.
 
     Returns:
-        The rate after warm-up and decay. Time is `round_number - 1 + step / local_steps`, in rounds.
+        The rate after warm-up and decay. Time is `round_number - 1 + step / steps`, in rounds.
     """
-    now = round_number - 1 + (step + 0.5) / config.local_steps
+    now = round_number - 1 + (step + 0.5) / steps
     if now < config.warmup_rounds:
         return config.learning_rate * now / config.warmup_rounds
     progress = (now - config.warmup_rounds) / max(rounds - config.warmup_rounds, 1e-9)

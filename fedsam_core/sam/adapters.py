@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fedsam_core.errors import CheckpointError, SelectionError
 from fedsam_core.folders import whole_folder
@@ -26,6 +26,7 @@ from fedsam_core.sam.decoder import SAM_TOKENS, HeadLayout
 from fedsam_core.sam.geometry import PATCH
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import (
+    LORA_SCALE,
     LayerSelection,
     LoraSpec,
     ManifestEntry,
@@ -71,7 +72,8 @@ class BuiltModel(Settings):
 def adapt(segmenter: SamSegmenter, selection: LayerSelection) -> ParameterManifest:
     """Put LoRA where the selection says and let exactly its manifest require gradients, in place.
 
-    LoRA's B starts at zero, so the logits do not change; A is drawn from the segmenter's own seed, PEFT's way.
+    LoRA's B starts at zero, so the logits do not change; A is drawn from the segmenter's own seed, PEFT's way; factors
+    of local group lora.scale start at 1.
 
     Raises:
         SelectionError: the selection does not fit (see `resolve`), or the segmenter was adapted before.
@@ -85,8 +87,11 @@ def adapt(segmenter: SamSegmenter, selection: LayerSelection) -> ParameterManife
     if modules := lora_modules(selection, shapes):
         with seeded(derive_seed(segmenter.seed, "lora")):
             inject_adapter_in_model(_lora_config(modules), segmenter, _ADAPTER)
+        if LORA_SCALE in selection.local:
+            for module in modules:
+                _add_scale(segmenter.get_submodule(module))
     selected = {entry.name for entry in (*manifest.shared, *manifest.local)}
-    parameters = _parameters(segmenter)
+    parameters = named_parameters(segmenter)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in selected)
     if unknown := selected - parameters.keys():
@@ -128,9 +133,17 @@ def load_local_state(
 
 
 def merge(segmenter: SamSegmenter) -> SamSegmenter:
-    """Fold LoRA into the weights it adapts, in place: a plain segmenter again, all frozen, ready to be adapted anew."""
-    wrapped = [(name, module) for name, module in segmenter.named_modules() if isinstance(module, LoraLayer)]
+    """Fold LoRA, with its factors, into the weights it adapts, in place: a plain segmenter again.
+
+    All of it is frozen, and ready to be adapted anew.
+    """
+    wrapped: list[tuple[str, Any]] = [
+        (name, module) for name, module in segmenter.named_modules() if isinstance(module, LoraLayer)
+    ]
     for name, module in wrapped:
+        if hasattr(module, "lora_scale"):
+            with torch.no_grad():
+                module.lora_B[_ADAPTER].weight.mul_(module.lora_scale)
         module.merge()
         parent, _, leaf = name.rpartition(".")
         setattr(segmenter.get_submodule(parent), leaf, module.get_base_layer())
@@ -161,7 +174,7 @@ def save_adapter(
     - `adapter_config.json` and `adapter_model.safetensors`, PEFT's: `peft.PeftModel.from_pretrained` puts them on a
       segmenter freshly built the same way. Parameters trained whole are in it as PEFT's `modules_to_save`.
     - `trained.safetensors`, canonical name -> value, where PEFT has no place for them: a selection without LoRA, or
-      with parameters that are no module's whole, such as position tables.
+      with parameters that are no module's whole, such as position tables and the factors of lora.scale.
 
     Raises:
         CheckpointError: the folder exists and is not an adapter's.
@@ -169,7 +182,7 @@ def save_adapter(
     """
     trained = {
         name: value.detach().cpu().contiguous()
-        for name, value in _parameters(segmenter).items()
+        for name, value in named_parameters(segmenter).items()
         if name in {entry.name for entry in (*manifest.shared, *manifest.local)}
     }
     with whole_folder(folder, "manifest.json", "an adapter") as part:
@@ -214,6 +227,30 @@ def load_adapter(segmenter: SamSegmenter, folder: Path) -> ParameterManifest:
     return manifest
 
 
+class _Scaled:
+    """A forward hook on the A of a LoRA layer of PEFT's that multiplies the branch by the layer's factor.
+
+    After A, where the branch is narrow: of B's outputs there are many times more to multiply and to sum over.
+    It holds the layer, not the factor, so that it follows a parameter that is replaced. An object, not a closure: a
+    copy of the model has a hook on its own layer.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __call__(self, linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        # The product in fp32, as the factor is: bf16 would round the factor itself to steps of 1/128.
+        scaled: Tensor = output * self.layer.lora_scale
+        return scaled.to(output.dtype)
+
+
+def _add_scale(layer: Any) -> None:
+    """Give a LoRA layer of PEFT's the factor `lora_scale` [1] = 1, on the device of its A."""
+    linear = layer.lora_A[_ADAPTER]
+    layer.register_parameter("lora_scale", nn.Parameter(torch.ones_like(linear.weight[0, :1])))
+    linear.register_forward_hook(_Scaled(layer))
+
+
 def _lora_config(modules: Mapping[str, LoraSpec], **options: Any) -> LoraConfig:
     """Every module by its full name; those unlike the first one in PEFT's rank and alpha patterns."""
     first = next(iter(modules.values()))
@@ -252,12 +289,13 @@ def _canonical(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(f".{_ADAPTER}.", ".")
 
 
-def _parameters(segmenter: SamSegmenter) -> dict[str, nn.Parameter]:
+def named_parameters(segmenter: SamSegmenter) -> dict[str, nn.Parameter]:
+    """Parameters by canonical name, as manifests call them."""
     return {_canonical(name): parameter for name, parameter in segmenter.named_parameters()}
 
 
 def _read(segmenter: SamSegmenter, entries: Sequence[ManifestEntry]) -> State:
-    parameters = _parameters(segmenter)
+    parameters = named_parameters(segmenter)
     return {e.name: parameters[e.name].detach().to("cpu", torch.float32, copy=True).numpy() for e in entries}
 
 
@@ -265,7 +303,7 @@ def _write(
     segmenter: SamSegmenter, entries: Sequence[ManifestEntry], state: Mapping[str, npt.NDArray[Any]], selection: str
 ) -> None:
     check_state(entries, state, selection)
-    parameters = _parameters(segmenter)
+    parameters = named_parameters(segmenter)
     with torch.no_grad():
         for entry in entries:
             # A copy: arrays from an object store are read-only, which torch warns about.

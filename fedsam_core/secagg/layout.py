@@ -18,7 +18,7 @@ from fedsam_core.hashing import stable_hash
 from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
 from fedsam_core.secagg.refusals import BareLane, UnfitValues
 
-RINGS = (16, 20, 24, 32)
+RINGS = (8, 12, 16, 20, 24, 32)
 """Bits of a value on the wire."""
 
 

@@ -91,6 +91,39 @@ def test_the_written_form() -> None:
     assert again.hash != preset("flap").hash
 
 
+def test_lora_scale_is_a_local_factor_for_each_layer_and_changes_nothing_else() -> None:
+    lora = preset("flap", 8)
+    plain = manifest_for(VIT_T, 2, lora)
+    scaled = manifest_for(VIT_T, 2, lora.model_copy(update={"local": ("encoder.norms", "lora.scale")}))
+    assert scaled.shared == plain.shared
+    factors = [entry for entry in scaled.local if entry.group == "lora.scale"]
+    layers = [entry.name.removesuffix(".lora_A.weight") for entry in plain.shared if entry.kind == "lora_A"]
+    assert [entry.name for entry in factors] == [f"{layer}.lora_scale" for layer in layers]
+    assert {(entry.shape, entry.numel, entry.kind) for entry in factors} == {((1,), 1, "whole")}
+    assert len(scaled.local) == len(factors) + 6 * 4
+    assert scaled.bytes_per_site_round == plain.bytes_per_site_round
+    assert scaled.layout_hash != plain.layout_hash
+    assert ParameterManifest.from_json(scaled.to_json()) == scaled
+
+
+@pytest.mark.parametrize(
+    ("name", "selection_hash", "layout_hash"),
+    [
+        ("full", "b7a6aaf91832dfc2", "4b9423a1f6114366"),
+        ("attention", "4d1179aa93eca308", "250ec57f88ebedca"),
+        ("decoder", "25278127c3e3c62c", "75c60590e6d9f98a"),
+        ("partial-decoder", "03bd95b4a48d9252", "dbc9011a2ce0f9f6"),
+        ("lora", "974510013d7ecfa1", "53e3c83b200c1d19"),
+        ("lora-decoder", "07609eaf1e6ed1d8", "df598f76bede7821"),
+        ("flap", "a3f16e3244d29a56", "3c1581906571ef3f"),
+    ],
+)
+def test_hashes_stay_what_runs_have_recorded(name: str, selection_hash: str, layout_hash: str) -> None:
+    selection = preset(name, 8)
+    assert selection.hash[:16] == selection_hash
+    assert manifest_for(VIT_T, 2, selection).layout_hash[:16] == layout_hash
+
+
 def test_preset_takes_a_rank_and_lists_names() -> None:
     assert preset("flap", 8).lora == LoraTargets(encoder=("q", "v"), decoder=("q", "v"), rank=8)
     assert preset("full", 8) == PRESETS["full"]
@@ -115,6 +148,10 @@ def test_preset_takes_a_rank_and_lists_names() -> None:
         ({"lora": {"decoder": ["q"], "block_ranks": {1: 2}}}, r"blocks \[1\] that get no LoRA"),
         ({"lora": {"encoder": ["q"], "alpha": 0}}, r"lora.alpha is 0"),
         ({"lora": {"encoder": ["q"], "encoder_blocks": [-1]}}, r"block -1 does not exist"),
+        ({"lora": {"encoder": ["q"]}, "train": ["lora.scale"]}, r"lora.scale is each site's own: list it in local"),
+        ({"train": ["head"], "local": ["lora.scale"]}, r"lora.scale is a factor of LoRA layers and there are none"),
+        ({"lora": {}, "local": ["lora.scale"]}, r"there are none: set lora.encoder or lora.decoder, or remove it"),
+        ({"lora": {"encoder": ["q"]}, "local": ["lora.scales"]}, r"'lora.scales': did you mean lora.scale"),
         ({"name": "../x", "train": ["head"]}, r"use letters, digits"),
     ],
 )

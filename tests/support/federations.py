@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedsam_core.data.cohort import CohortConfig, read_cohort
 from fedsam_core.data.preprocess import PreparedCohort, PreprocessConfig, prepare
 from fedsam_core.data.slices import SliceConfig
 from fedsam_core.data.sources.phantom import PhantomConfig
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import Engine
+from fedsam_core.federation.groups import tensor_groups
+from fedsam_core.federation.lanes import Update
 from fedsam_core.federation.rounds import Federation, RoundReport, Scores, State, run_rounds
+from fedsam_core.federation.server import Server
 from fedsam_core.federation.site import SiteSpec
 from fedsam_core.federation.state import weights_hash
 from fedsam_core.hashing import derive_seed
@@ -63,7 +68,21 @@ def small_federation(engine: Engine, spec: SiteSpec, classes: int = 2) -> tuple[
 
 def run_small(engine: Engine, spec: SiteSpec) -> tuple[list[RoundReport], State, Scores]:
     """All rounds: the reports, the last state, its scores on the test cases."""
-    federation, state = small_federation(engine, spec)
+    federation, _ = small_federation(engine, spec)
     reports: list[RoundReport] = []
-    state = run_rounds(federation, state, lambda report, _: reports.append(report))
-    return reports, state, federation.score(state, "test", spec.federation.rounds)
+    last = run_rounds(federation, lambda report, _: reports.append(report))
+    return reports, last.tensors, federation.score("test", spec.federation.rounds)
+
+
+def put_back(federation: Federation, state: State) -> None:
+    """The driver starts anew from a state, as if no round had been: with no clip, no moment, nothing held by anyone."""
+    federation._server = Server(federation._round(1), state)
+    federation._held = {}
+
+
+def flat_mean(federation: Federation, update: Update) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The mean update of a round in which all shared values are summed one by one, as one vector."""
+    mean = np.empty(federation.manifest.shared_size)
+    for name, group in tensor_groups(federation.manifest).items():
+        mean[group.index] = update.means[name]
+    return mean

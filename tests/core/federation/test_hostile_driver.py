@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 from support import federations
-from support.federations import small_cohort, small_federation, small_specs
+from support.federations import flat_mean, put_back, small_cohort, small_federation, small_specs
 
 from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import FedsamError, RoundError, SecureSumError
 from fedsam_core.federation import site as site_module
 from fedsam_core.federation.engine import InProcessEngine, in_process
-from fedsam_core.federation.lanes import Task, attempt_from_json, layout_of, sum_hash, tensor_groups
+from fedsam_core.federation.groups import tensor_groups
+from fedsam_core.federation.lanes import layout_of
 from fedsam_core.federation.rounds import Federation, State
 from fedsam_core.federation.site import FederatedSite
-from fedsam_core.federation.state import pack_state, state_hash
+from fedsam_core.federation.state import pack_global, pack_state, state_hash
+from fedsam_core.federation.summation import Contribution
+from fedsam_core.federation.tasks import Task, attempt_from_json, sum_hash
 from fedsam_core.hashing import derive_seed
-from fedsam_core.learning.learner import Fit, Learner
+from fedsam_core.learning.learner import Course, Fit, Learner
 from fedsam_core.sam.adapters import load_shared_state, shared_state
 from fedsam_core.secagg import refusals
 from fedsam_core.secagg.keyfiles import create_identity
@@ -135,7 +138,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Every training, by site and round; its update is drawn by chance from both, with a few large values."""
     calls: list[tuple[str, int]] = []
 
-    def fit(self: Learner, state: State, round_number: int, rounds: int, seed: int) -> Fit:
+    def fit(self: Learner, state: State, round_number: int, rounds: int, seed: int, course: Course) -> Fit:
         calls.append((self.site, round_number))
         draws = np.random.default_rng(derive_seed(seed, self.site, round_number))
         update = 1e-3 * draws.standard_t(4, self.manifest.shared_size)
@@ -144,6 +147,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(Learner, "fit", fit)
     return calls
+
+
+def trained_once(federation: Federation, number: int, slices: float) -> Any:
+    """The global state after a round, and its last sum."""
+    step, totals = federation.train(number, slices)
+    return step.state, totals[-1]
 
 
 def small_run(prepared: PreparedCohort, selection: LayerSelection | None = NORMS, **federation: Any) -> Any:
@@ -164,22 +173,22 @@ def refused(caplog: pytest.LogCaptureFixture, site: str, what: str, name: type[S
 
 @pytest.mark.parametrize("which", ["the same", "an older one"])
 def test_an_attempt_is_answered_once(four: PreparedCohort, caplog: pytest.LogCaptureFixture, which: str) -> None:
-    federation, state, driver = small_run(four)
-    federation.total_slices()
-    federation.score(state, "val", 0)
+    federation, _state, driver = small_run(four)
+    federation.total_weight()
+    federation.score("val", 0)
     first, second = driver.told("advertise", "site-b")
     site = driver["site-b"]
     with pytest.raises(OutOfTurn, match="was entered before"):
         site.advertise(**(second if which == "the same" else first))
     assert refused(caplog, "site-b", "advertise", OutOfTurn)
-    assert federation.score(state, "test", 0).by_site.keys() == set(FOUR)  # it takes part in the next
+    assert federation.score("test", 0).by_site.keys() == set(FOUR)  # it takes part in the next
 
 
 def test_asking_again_while_a_sum_is_under_way_does_not_end_it(
     four: PreparedCohort, caplog: pytest.LogCaptureFixture, trained: list[Any]
 ) -> None:
-    federation, state, driver = small_run(four)
-    slices = federation.total_slices()
+    federation, _state, driver = small_run(four)
+    slices = federation.total_weight()
 
     def again(method: str, site: str, keywords: dict[str, Any]) -> None:
         if (method, site) == ("fit", "site-b"):
@@ -187,7 +196,7 @@ def test_asking_again_while_a_sum_is_under_way_does_not_end_it(
                 driver[site].advertise(**driver.told("advertise", site)[-1])
 
     driver.twist = again
-    assert federation.train(state, 1, slices)[2].contributors == FOUR
+    assert federation.train(1, slices)[1][-1].contributors == FOUR
     assert refused(caplog, "site-b", "advertise", OutOfTurn)
 
 
@@ -204,11 +213,11 @@ def pinned(prepared: PreparedCohort, tmp_path: Path) -> dict[str, Path]:
 def test_an_attempt_is_answered_once_even_by_a_site_that_was_restarted_in_it(
     prepared: PreparedCohort, pinned: dict[str, Path], caplog: pytest.LogCaptureFixture, which: str
 ) -> None:
-    federation, state, driver = small_run(prepared, **pinned)
-    federation.total_slices()
+    federation, _state, driver = small_run(prepared, **pinned)
+    federation.total_weight()
     driver.silence = lambda method, site: "before" if method == "share" else None  # the driver takes what it has, and
     with pytest.raises(RoundError, match="only 0 of the 3"):  # says that the attempt failed
-        federation.score(state, "val", 0)
+        federation.score("val", 0)
     driver.silence = lambda method, site: None
     first, second = driver.told("advertise", "site-b")
     restarted = FederatedSite(driver["site-b"].spec)
@@ -217,20 +226,20 @@ def test_an_attempt_is_answered_once_even_by_a_site_that_was_restarted_in_it(
         restarted.advertise(**(second if which == "the same" else first))
     assert refused(caplog, "site-b", "advertise", OutOfTurn)
     driver._inner._sites["site-b"] = restarted
-    assert federation.score(state, "val", 0).by_site.keys() == set(prepared.cohort.sites)
+    assert federation.score("val", 0).by_site.keys() == set(prepared.cohort.sites)
 
 
 def test_a_sum_that_was_opened_for_all_is_confirmed_for_no_fewer(
     four: PreparedCohort, caplog: pytest.LogCaptureFixture, trained: list[Any]
 ) -> None:
     federation, state, driver = small_run(four)
-    slices = federation.total_slices()
-    federation.train(state, 1, slices)
-    federation._clips = None
+    slices = federation.total_weight()
+    federation.train(1, slices)
+    put_back(federation, state)
     driver.silence = lambda method, site: "before" if (method, site) == ("fit", "site-d") else None
     driver.replies.clear()
     with pytest.raises(RoundError, match="OpenedBefore"):
-        federation.train(state, 1, slices)
+        federation.train(1, slices)
     for site in FOUR[:3]:
         assert refused(caplog, site, "confirm", OpenedBefore)
         assert driver.heard(site) == ["advertise", "share", "fit"]
@@ -241,18 +250,18 @@ def test_no_sum_is_opened_for_fewer_sites_under_another_name(
     four: PreparedCohort, trained: list[Any], how: str
 ) -> None:
     """Or the difference to the sum over all would be the one site's values, exactly."""
-    federation, state, driver = small_run(four)
-    slices = federation.total_slices()
+    federation, _state, driver = small_run(four)
+    slices = federation.total_weight()
     if how == "updates of a split":
-        federation.train(state, 1, slices)
+        federation.train(1, slices)
     method = "fit" if how == "updates of a split" else "weigh"
-    task = Task(purpose="update", total_slices=slices) if method == "fit" else Task(purpose="weights")
+    task = Task(purpose="update", total=slices) if method == "fit" else Task(purpose="weights")
     renamed = task if how == "slices of another state" else task.model_copy(update={"split": "val"})
-    given = None if how == "slices of a split" else state
+    given = () if how == "slices of a split" else ("state", pack_global(federation.server.state))
     driver.silence = lambda one, site: "before" if (one, site) == (method, "site-d") else None
     driver.twist = lambda one, site, keywords: keywords.pop("state", None) if one == "weigh" else None
     with pytest.raises(RoundError, match=r"MalformedMessage|OtherAttempt"):
-        federation._sum(renamed, 1, method, given)
+        federation._sum(renamed, 1, Contribution(method, *given))
 
 
 # Announcements
@@ -261,7 +270,7 @@ def test_no_sum_is_opened_for_fewer_sites_under_another_name(
 def other_layout(federation: Federation, fields: dict[str, Any], task: dict[str, Any]) -> None:
     """The layout hash of the task as it is told: the site finds nothing wrong with it."""
     told = Task.model_validate(task)
-    layout = layout_of(told, 4, federation.manifest, federation.classes, federation.config)
+    layout = layout_of(told, federation._round(1))
     fields["layout_hash"] = sum_hash(federation.manifest, layout, told)
 
 
@@ -280,14 +289,14 @@ LIES: dict[str, Callable[[Federation, dict[str, Any], dict[str, Any]], None]] = 
     "another layout": lambda _, fields, task: fields.update(layout_hash="0" * 64),
     "a round beyond the last": lambda _, fields, task: fields.update(round=99),
     "other clips": lambda federation, fields, task: task.update(clips=other_clips(federation)),
-    "another total": lambda _, fields, task: task.update(total_slices=1e15),
-    "another question": lambda _, fields, task: task.update(purpose="scores", split="val", total_slices=None),
+    "another total": lambda _, fields, task: task.update(total=1e15),
+    "another question": lambda _, fields, task: task.update(purpose="scores", split="val", total=None),
     "other clips, and their layout": lambda federation, fields, task: (
         task.update(clips=other_clips(federation)),
         other_layout(federation, fields, task),
     ),
     "another total, and its layout": lambda federation, fields, task: (
-        task.update(total_slices=1e15),
+        task.update(total=1e15),
         other_layout(federation, fields, task),
     ),
 }
@@ -297,8 +306,8 @@ LIES: dict[str, Callable[[Federation, dict[str, Any], dict[str, Any]], None]] = 
 def test_a_site_that_is_told_another_sum_than_the_rest_sends_no_vector(
     four: PreparedCohort, caplog: pytest.LogCaptureFixture, trained: list[Any], lie: str
 ) -> None:
-    federation, state, driver = small_run(four)
-    slices = federation.total_slices()
+    federation, _state, driver = small_run(four)
+    slices = federation.total_weight()
     driver.replies.clear()
 
     def tell(method: str, site: str, keywords: dict[str, Any]) -> None:
@@ -308,7 +317,7 @@ def test_a_site_that_is_told_another_sum_than_the_rest_sends_no_vector(
             keywords |= {"attempt": json.dumps(fields).encode(), "task": task}
 
     driver.twist = tell
-    new, _, total = federation.train(state, 1, slices)
+    total = federation.train(1, slices)[1][-1]
     assert total.contributors == ("site-a", "site-c", "site-d")
     assert total.lost["site-b"].startswith("OtherAttempt: ")
     assert ("site-b", 1) not in trained
@@ -319,12 +328,12 @@ def test_a_site_that_is_told_another_sum_than_the_rest_sends_no_vector(
         assert driver.heard("site-b") == []
         assert refused(caplog, "site-b", "advertise", OtherAttempt)
     driver.twist = lambda *_: None
-    assert federation.train(new, 2, slices)[2].contributors == FOUR  # it is back when it is told the truth
+    assert federation.train(2, slices)[1][-1].contributors == FOUR  # it is back when it is told the truth
 
 
 def test_sites_that_are_all_told_of_fewer_sites_all_refuse(four: PreparedCohort, trained: list[Any]) -> None:
-    federation, state, driver = small_run(four)
-    slices = federation.total_slices()
+    federation, _state, driver = small_run(four)
+    slices = federation.total_weight()
 
     def tell(method: str, site: str, keywords: dict[str, Any]) -> None:
         if method == "advertise":
@@ -333,7 +342,7 @@ def test_sites_that_are_all_told_of_fewer_sites_all_refuse(four: PreparedCohort,
 
     driver.twist = tell
     with pytest.raises(RoundError, match=r"only 0 of the 3 .*(lost site-.: OtherAttempt: .* its sites is .*){4}"):
-        federation.train(state, 1, slices)
+        federation.train(1, slices)
     assert trained == []
 
 
@@ -361,7 +370,7 @@ def test_a_malformed_announcement_is_refused_by_name(
     four: PreparedCohort, caplog: pytest.LogCaptureFixture, change: dict[str, Any] | None
 ) -> None:
     federation, _, driver = small_run(four)
-    federation.total_slices()
+    federation.total_weight()
     told, site = driver.told("advertise", "site-b")[0], driver["site-b"]
     fields = json.loads(told["attempt"]) | {"attempt": 7}
     data = b"\xff" if change is None else json.dumps(fields | change).encode()
@@ -371,17 +380,17 @@ def test_a_malformed_announcement_is_refused_by_name(
     # It has not made the site forget what it answered.
     with pytest.raises(OutOfTurn):
         site.advertise(**told)
-    assert federation.total_slices() > 0
+    assert federation.total_weight() > 0
 
 
 @pytest.mark.parametrize(
-    "task", [{}, {"purpose": "all"}, {"purpose": "update", "total_slices": -1.0}, {"purpose": "weights", "more": 1}]
+    "task", [{}, {"purpose": "all"}, {"purpose": "update", "total": -1.0}, {"purpose": "weights", "more": 1}]
 )
 def test_a_malformed_task_is_refused_by_name(
     four: PreparedCohort, caplog: pytest.LogCaptureFixture, task: dict[str, Any]
 ) -> None:
     federation, _, driver = small_run(four)
-    federation.total_slices()
+    federation.total_weight()
     told = driver.told("advertise", "site-b")[0]
     fields = json.loads(told["attempt"]) | {"attempt": 7}
     with pytest.raises(NAMED) as caught:
@@ -400,7 +409,7 @@ def test_a_site_that_is_sent_another_model_than_announced_sends_no_vector_and_ge
     four: PreparedCohort, caplog: pytest.LogCaptureFixture, trained: list[Any]
 ) -> None:
     federation, state, driver = small_run(four)
-    slices = federation.total_slices()
+    slices = federation.total_weight()
     good = pack_state(federation.manifest, state)
 
     def send(method: str, site: str, keywords: dict[str, Any]) -> None:
@@ -409,7 +418,7 @@ def test_a_site_that_is_sent_another_model_than_announced_sends_no_vector_and_ge
 
     driver.twist = send
     driver.replies.clear()
-    total = federation.train(state, 1, slices)[2]
+    total = federation.train(1, slices)[1][-1]
     assert total.contributors == ("site-a", "site-c", "site-d")
     assert total.lost["site-b"].startswith("OtherModel: ")
     assert refused(caplog, "site-b", "fit", OtherModel)
@@ -423,16 +432,16 @@ def test_a_site_that_is_sent_another_model_than_announced_sends_no_vector_and_ge
 def test_a_site_that_holds_an_old_model_does_not_train_it_for_the_new_one(
     four: PreparedCohort, caplog: pytest.LogCaptureFixture, trained: list[Any]
 ) -> None:
-    federation, state, driver = small_run(four)
-    slices = federation.total_slices()
-    new, _, _ = federation.train(state, 1, slices)
+    federation, _state, driver = small_run(four)
+    slices = federation.total_weight()
+    federation.train(1, slices)
 
     def send(method: str, site: str, keywords: dict[str, Any]) -> None:
         if (method, site) == ("fit", "site-b"):
-            keywords["state"] = None  # as if it held it
+            keywords |= {"state": None, "step": None}  # as if it held it
 
     driver.twist = send
-    total = federation.train(new, 2, slices)[2]
+    total = federation.train(2, slices)[1][-1]
     assert total.lost.keys() == {"site-b"}
     assert total.lost["site-b"].startswith("OtherModel: ")
     assert refused(caplog, "site-b", "fit", OtherModel)
@@ -444,7 +453,7 @@ def test_sites_that_are_told_of_different_models_refuse_each_other(
 ) -> None:
     """Two sites are told of one model, two of another; the driver then shows all of them each other's keys."""
     federation, state, driver = small_run(four)
-    slices = federation.total_slices()
+    slices = federation.total_weight()
     other = state_hash(federation.manifest, shifted(federation, state))
 
     def announce(method: str, site: str, keywords: dict[str, Any]) -> None:
@@ -454,7 +463,7 @@ def test_sites_that_are_told_of_different_models_refuse_each_other(
     driver.twist = announce
     driver.replies.clear()
     with pytest.raises(RoundError, match=r"only 2 of the 3 sites .* lost site-c: OtherAttempt: .* or model: refused"):
-        federation.train(state, 1, slices)
+        federation.train(1, slices)
     adverts = [reply for method, _, reply in driver.replies if method == "advertise"]
     assert len(adverts) == 4
     for site in FOUR:
@@ -580,7 +589,7 @@ def test_a_site_that_is_asked_out_of_turn_refuses_and_goes_on(
 ) -> None:
     """Right before the due call another one comes, with whatever a site was given before or would be given later."""
     federation, state, driver = small_run(four)
-    slices = federation.total_slices()
+    slices = federation.total_weight()
     packed = pack_state(federation.manifest, state)
     asking: list[str] = []
 
@@ -594,9 +603,9 @@ def test_a_site_that_is_asked_out_of_turn_refuses_and_goes_on(
     driver.twist = ask
     driver.replies.clear()
     if due == "score":
-        federation.score(state, "val", 0)
+        federation.score("val", 0)
     else:
-        federation.train(state, 1, slices)
+        federation.train(1, slices)
     assert asking == [asked]
     assert refused(caplog, "site-b", asked, OutOfTurn)
     contribution = "score" if due == "score" else "fit"
@@ -608,8 +617,8 @@ def test_the_contribution_to_another_sum_is_refused(
     four: PreparedCohort, caplog: pytest.LogCaptureFixture, trained: list[Any]
 ) -> None:
     """The number of slices, alone, in a sum of updates."""
-    federation, state, driver = small_run(four)
-    slices = federation.total_slices()
+    federation, _state, driver = small_run(four)
+    slices = federation.total_weight()
 
     def weigh(method: str, site: str, keywords: dict[str, Any]) -> None:
         if (method, site) == ("fit", "site-b"):
@@ -618,7 +627,7 @@ def test_the_contribution_to_another_sum_is_refused(
             assert refused(caplog, "site-b", "weigh", caught.type)
 
     driver.twist = weigh
-    federation.train(state, 1, slices)
+    federation.train(1, slices)
     assert driver.heard("site-b").count("weigh") == 1  # of the sum before
 
 
@@ -636,7 +645,7 @@ def test_the_contribution_to_another_sum_is_refused(
 )
 def test_a_site_answers_nothing_before_it_is_open(four: PreparedCohort, method: str, keywords: dict[str, Any]) -> None:
     federation, _, driver = small_run(four)
-    federation.total_slices()
+    federation.total_weight()
     if method == "advertise":
         keywords = driver.told("advertise", "site-b")[0]
     driver._inner._sites["site-b"] = FederatedSite(driver["site-b"].spec)
@@ -651,10 +660,10 @@ def test_a_site_answers_nothing_before_it_is_open(four: PreparedCohort, method: 
 def undisturbed(prepared: PreparedCohort) -> list[str]:
     federation, state, _ = small_run(prepared)
     hashes = []
-    slices = federation.total_slices()
+    slices = federation.total_weight()
     for number in (1, 2):
-        state, _, _ = federation.train(state, number, slices)
-        hashes.append(state_hash(federation.manifest, state))
+        state = federation.train(number, slices)[0].state
+        hashes.append(state.hash)
     return hashes
 
 
@@ -668,7 +677,7 @@ def test_a_round_that_fails_is_tried_again_with_fresh_keys_and_gives_the_same_bi
     expected = undisturbed(cohort)
     trained.clear()
     federation, state, driver = small_run(cohort, attempts=2)
-    slices = federation.total_slices()
+    slices = federation.total_weight()
     failing = driver.attempt + 1
     driver.silence = lambda method, site: (
         when if (driver.attempt, method) == (failing, stage) and site in vanish else None
@@ -676,8 +685,8 @@ def test_a_round_that_fails_is_tried_again_with_fresh_keys_and_gives_the_same_bi
     driver.replies.clear()
     hashes = []
     for number in (1, 2):
-        state, _, total = federation.train(state, number, slices)
-        hashes.append(state_hash(federation.manifest, state))
+        state, total = trained_once(federation, number, slices)
+        hashes.append(state.hash)
         assert total.contributors == cohort.cohort.sites
         assert len(federation.failed) == (number == 1)
     assert hashes == expected
@@ -699,7 +708,7 @@ def test_a_round_in_which_a_site_was_restarted_gives_the_same_bits_in_the_next_a
     expected = undisturbed(prepared)
     trained.clear()
     federation, state, driver = small_run(prepared, attempts=2)
-    slices = federation.total_slices()
+    slices = federation.total_weight()
     failing = driver.attempt + 1
 
     def crash(method: str, site: str, keywords: dict[str, Any]) -> None:
@@ -709,8 +718,8 @@ def test_a_round_in_which_a_site_was_restarted_gives_the_same_bits_in_the_next_a
     driver.twist = crash
     hashes = []
     for number in (1, 2):
-        state, _, _ = federation.train(state, number, slices)
-        hashes.append(state_hash(federation.manifest, state))
+        state = federation.train(number, slices)[0].state
+        hashes.append(state.hash)
         assert len(federation.failed) == (number == 1)
     assert hashes == expected
     again = stage in ("confirm", "unmask")  # what it had trained is gone too; the others train once
@@ -726,12 +735,12 @@ def test_a_site_that_misses_the_roster_of_a_repetition_is_lost_alone(
     public = [create_identity(site, tmp_path / "keys", None)[1] for site in FOUR]
     (tmp_path / "roster.txt").write_text("".join(path.read_text() for path in public))
     settings = {"roster": tmp_path / "roster.txt", "key_dir": tmp_path / "keys"}
-    federation, state, driver = small_run(four, attempts=2, **settings)
-    slices = federation.total_slices()
+    federation, _state, driver = small_run(four, attempts=2, **settings)
+    slices = federation.total_weight()
     failing = driver.attempt + 1
     silent = {("share", "site-a"), ("share", "site-b"), ("enroll", "site-d")}
     driver.silence = lambda method, site: "before" if driver.attempt == failing and (method, site) in silent else None
-    total = federation.train(state, 1, slices)[2]
+    total = federation.train(1, slices)[1][-1]
     assert len(federation.failed) == 1
     assert {"site-a", "site-b", "site-c"} <= set(total.contributors)
 
@@ -740,10 +749,10 @@ def test_what_was_trained_counts_for_the_state_that_it_started_from_alone(
     prepared: PreparedCohort, trained: list[Any]
 ) -> None:
     federation, state, _ = small_run(prepared)
-    slices = federation.total_slices()
+    slices = federation.total_weight()
     for start in (state, state, shifted(federation, state)):
-        federation._clips = None
-        federation.train(start, 1, slices)
+        put_back(federation, start)
+        federation.train(1, slices)
     assert sorted(trained) == [(site, 1) for site in prepared.cohort.sites for _ in range(2)]
 
 
@@ -751,7 +760,7 @@ def test_a_round_that_may_not_be_tried_again_names_the_lost_sites_and_why(
     four: PreparedCohort, trained: list[Any]
 ) -> None:
     federation, state, driver = small_run(four, attempts=1)
-    slices = federation.total_slices()
+    slices = federation.total_weight()
     bad = pack_state(federation.manifest, shifted(federation, state))
 
     def send(method: str, site: str, keywords: dict[str, Any]) -> None:
@@ -761,7 +770,7 @@ def test_a_round_that_may_not_be_tried_again_names_the_lost_sites_and_why(
     driver.twist = send
     driver.silence = lambda method, site: "before" if (method, site) == ("fit", "site-b") else None
     with pytest.raises(RoundError) as failed:
-        federation.train(state, 1, slices)
+        federation.train(1, slices)
     message = str(failed.value)
     assert "round 1 failed: only 2 of the 3 sites that are needed are left after stage 'masked input'" in message
     assert "lost site-b: gave no answer in time" in message
@@ -773,11 +782,11 @@ def test_a_round_that_may_not_be_tried_again_names_the_lost_sites_and_why(
 def test_no_sum_of_fewer_sites_than_the_run_asks_for(
     four: PreparedCohort, caplog: pytest.LogCaptureFixture, trained: list[Any]
 ) -> None:
-    federation, state, driver = small_run(four, min_contributors=4)
-    slices = federation.total_slices()
+    federation, _state, driver = small_run(four, min_contributors=4)
+    slices = federation.total_weight()
     driver.silence = lambda method, site: "before" if (method, site) == ("fit", "site-d") else None
     with pytest.raises(RoundError, match=r"would be the sum of 3 sites, fewer than 4.* lost site-d: gave no answer"):
-        federation.train(state, 1, slices)
+        federation.train(1, slices)
     assert "confirm" not in [method for method, _, _ in driver.replies[-8:]]
     # Nor would the sites help a driver that has fewer in mind.
     driver.silence = lambda method, site: None
@@ -789,7 +798,7 @@ def test_no_sum_of_fewer_sites_than_the_run_asks_for(
 
     driver.twist = tell
     with pytest.raises(RoundError, match=r"lost site-a: BareLane: lane .* would be the sum of 3 sites"):
-        federation.train(state, 1, slices)
+        federation.train(1, slices)
     assert refused(caplog, "site-a", "confirm", BareLane)
 
 
@@ -804,45 +813,61 @@ def weighted_mean(fits: dict[str, Fit], values: Callable[[Fit], np.ndarray] = la
 
 
 def test_a_run_in_a_narrow_ring_stays_within_its_stated_bound(prepared: PreparedCohort, fits: dict[str, Fit]) -> None:
-    federation, state, _ = small_run(prepared, None, rounds=3, bits=16)
-    slices = federation.total_slices()
-    sent = []
+    federation, _, _ = small_run(prepared, None, rounds=3, bits=20)
+    slices = federation.total_weight()
     for number in (1, 2, 3):
-        state, update, total = federation.train(state, number, slices)
-        expected = weighted_mean(fits)
+        step, totals = federation.train(number, slices)
+        update, expected, mean = step.update, weighted_mean(fits), flat_mean(federation, step.update)
         assert update.precision.cut == 0
-        assert np.abs(update.mean - expected).max() <= update.precision.bound * (1 + 1e-6)
-        assert np.abs(update.mean - expected).max() <= update.precision.largest * 1.001 + 1e-12
+        assert np.abs(mean - expected).max() <= update.precision.bound * (1 + 1e-6)
+        assert np.abs(mean - expected).max() <= update.precision.largest * 1.001 + 1e-12
         assert update.precision.rms < update.precision.largest < update.precision.bound
         assert np.abs(expected).max() > 100 * update.precision.bound  # and that says something
-        bits = {lane.bits for lane in total.layout.lanes if lane.name.startswith("update/")}
-        assert bits == {32 if number == 1 else 16}  # no clip is known at first
-        assert {lane.bits for lane in total.layout.lanes if not lane.name.startswith("update/")} == {32}
-        sent.append(federation.ledger.total("up", number))
-    assert sent[1] / sent[0] == pytest.approx(0.5, abs=0.02)
-    assert sent[2] == sent[1]
+        assert [total.layout.lanes[0].name for total in totals[:-1]] == ["magnitudes"] * (number == 1)
+        lanes = totals[-1].layout.lanes
+        assert {lane.bits for lane in lanes if lane.name.startswith("update/")} == {20}
+        assert {lane.bits for lane in lanes if not lane.name.startswith("update/")} == {32}
+        sent = federation.ledger.total("up", number)
+        assert sent / (3 * federation.manifest.shared_size * 20 / 8) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_in_the_narrowest_rings_updates_are_rotated_and_the_error_is_as_sites_measured(
+    prepared: PreparedCohort, fits: dict[str, Fit], bits: int
+) -> None:
+    federation, _, _ = small_run(prepared, None, bits=bits)
+    slices = federation.total_weight()
+    for number in (1, 2):
+        step, totals = federation.train(number, slices)
+        off = flat_mean(federation, step.update) - weighted_mean(fits)
+        precision = step.precision
+        cut = precision.cut > 0  # its share of the error is not in what rounding did
+        assert np.sqrt(np.mean(off**2)) == pytest.approx(precision.rms, rel=0.5 if cut else 0.1)
+        assert cut or np.abs(off).max() <= precision.largest
+        assert {lane.bits for lane in totals[-1].layout.lanes if lane.name.startswith("update/")} == {bits}
+        spread = np.sqrt(np.mean(weighted_mean(fits) ** 2))
+        assert precision.rms < {8: 0.3, 12: 0.02, 16: 0.002}[bits] * spread
 
 
 def test_values_beyond_the_clip_are_cut_and_counted(
     prepared: PreparedCohort, trained: list[Any], fits: dict[str, Fit]
 ) -> None:
-    federation, state, _ = small_run(prepared, bits=16, clip_headroom=1.0, clip_quantile=0.9)
-    slices = federation.total_slices()
-    state, first, _ = federation.train(state, 1, slices)
-    assert first.precision.cut == 0
-    _, update, total = federation.train(state, 2, slices)
+    federation, _, _ = small_run(prepared, bits=20, clip_headroom=1.0, clip_quantile=0.9)
+    slices = federation.total_weight()
+    first = federation.train(1, slices)[0].update
+    step, (total,) = federation.train(2, slices)
+    update, mean = step.update, flat_mean(federation, step.update)
     limits = np.empty(federation.manifest.shared_size, np.float32)
-    for name, places in tensor_groups(federation.manifest).items():
-        for place in places:
-            limits[place] = first.clips[name]
+    for name, group in tensor_groups(federation.manifest).items():
+        limits[group.index] = first.clips[name]
     weights = {site: np.float32(fit.slices / slices) for site, fit in fits.items()}
     beyond = [np.abs(fit.update * weights[site]) > limits for site, fit in fits.items()]
     assert 0.01 < np.mean(beyond) < 0.1  # a half octave above the quantile at most
     assert update.precision.cut == pytest.approx(np.mean(beyond), rel=1e-4)
     cut = {site: np.clip(fit.update * weights[site], -limits, limits).astype(np.float64) for site, fit in fits.items()}
     expected = sum(cut.values()) / sum(fit.slices / slices for fit in fits.values())
-    assert np.abs(update.mean - expected).max() <= update.precision.bound * (1 + 1e-6)
-    assert np.abs(update.mean - weighted_mean(fits)).max() > 100 * update.precision.bound
+    assert np.abs(mean - expected).max() <= update.precision.bound * (1 + 1e-6)
+    assert np.abs(mean - weighted_mean(fits)).max() > 100 * update.precision.bound
     assert total.contributors == prepared.cohort.sites
 
 
@@ -852,10 +877,10 @@ def test_masked_and_plain_runs_in_a_narrow_ring_give_the_same_states(
     hashes: dict[str, list[str]] = {"masked": [], "plain": []}
     for kind, states in hashes.items():
         federation, state, _ = small_run(prepared, secure_sum=kind, bits=20, rounds=3)
-        slices = federation.total_slices()
+        slices = federation.total_weight()
         for number in (1, 2, 3):
-            state, _, total = federation.train(state, number, slices)
-            states.append(state_hash(federation.manifest, state))
+            state, total = trained_once(federation, number, slices)
+            states.append(state.hash)
         assert {lane.bits for lane in total.layout.lanes if lane.name.startswith("update/")} == {20}
     assert hashes["masked"] == hashes["plain"]
     assert len(set(hashes["masked"])) == 3

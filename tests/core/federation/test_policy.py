@@ -73,35 +73,35 @@ def test_a_site_that_is_told_to_train_otherwise_than_the_rest_gets_no_sum(prepar
     specs[1:] = [spec.model_copy(update={"learning": idle}) for spec in specs[1:]]
     federation, _ = small_federation(in_process(specs, FederatedSite), specs[0])
     with pytest.raises(RoundError, match=r"OtherAttempt: site site-b refuses .* its config_hash is"):
-        federation.total_slices()
+        federation.total_weight()
 
 
 def test_a_refusal_does_not_tell_the_value_that_it_is_about(
     prepared: PreparedCohort, caplog: pytest.LogCaptureFixture
 ) -> None:
     specs = small_specs(prepared, attempts=1)
-    federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
-    slices = federation.total_slices()
+    federation, _state = small_federation(in_process(specs, FederatedSite), specs[0])
+    slices = federation.total_weight()
     with pytest.raises(RoundError) as refused:
-        federation.train(state, 1, slices / 1000)  # weights of several hundred, which no lane has room for
+        federation.train(1, slices / 1000)  # weights of several hundred, which no lane has room for
     assert "UnfitValues" in str(refused.value)
     assert "lane" not in str(refused.value)
     assert "over its clip" in caplog.text  # the site's own log says it all
-    with pytest.raises(RoundError, match="was told another total of slices than before"):
-        federation.train(state, 1, slices)
+    with pytest.raises(RoundError, match="was told another total weight than before"):
+        federation.train(1, slices)
 
 
 def test_slices_and_scores_are_not_summed_again_without_a_site(tmp_path: Path) -> None:
     prepared = small_cohort(tmp_path, sites=4)
     specs = small_specs(prepared, attempts=1)
     engine = in_process(specs, FederatedSite)
-    federation, state = small_federation(engine, specs[0])
-    federation.total_slices()
-    federation.score(state, "test", 0)
+    federation, _state = small_federation(engine, specs[0])
+    federation.total_weight()
+    federation.score("test", 0)
     engine._sites["site-d"] = FederatedSite(specs[3])  # it was restarted and is not open
     with pytest.raises(RoundError, match="OpenedBefore: the weights sum of this state"):
-        federation.total_slices()
+        federation.total_weight()
     engine._sites["site-d"] = FederatedSite(specs[3])
     federation._lost = []
     with pytest.raises(RoundError, match="OpenedBefore: the scores/test sum of this state"):
-        federation.score(state, "test", 2)
+        federation.score("test", 2)

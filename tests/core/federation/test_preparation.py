@@ -16,8 +16,8 @@ from fedsam_core.errors import ConfigError, DataError, RoundError
 from fedsam_core.federation import preparation
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import InProcessEngine, in_process
-from fedsam_core.federation.lanes import attempt_to_json
 from fedsam_core.federation.preparation import CohortSite, CohortSpec, PreparedSites, prepare_shares
+from fedsam_core.federation.tasks import attempt_to_json
 from fedsam_core.secagg.attempt import Attempt
 from fedsam_core.secagg.refusals import OtherAttempt
 from fedsam_core.store import LocalStore

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.federations import run_small, small_cohort, small_federation, small_specs
+from support.federations import flat_mean, put_back, run_small, small_cohort, small_federation, small_specs
 
 from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import RoundError
@@ -52,11 +52,13 @@ def test_masked_and_plain_sums_give_the_same_states(prepared: PreparedCohort) ->
 def test_the_new_state_is_the_weighted_mean_of_the_updates(prepared: PreparedCohort, fits: dict[str, Fit]) -> None:
     specs = small_specs(prepared)
     federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
-    slices = federation.total_slices()
+    slices = federation.total_weight()
     assert slices == pytest.approx(
         sum(len(prepared.load(case.id).image) for case in prepared.cohort.select(split="train")), abs=0.01
     )
-    new, update, total = federation.train(state, 1, slices)
+    step, (total,) = federation.train(1, slices)
+    new, update = step.state.tensors, step.update
+    mean = flat_mean(federation, update)
     weights = np.array([fit.slices for fit in fits.values()], dtype=np.float64)
     updates = np.stack([fit.update.astype(np.float64) for fit in fits.values()])
     expected = (weights[:, None] * updates).sum(axis=0) / weights.sum()
@@ -65,9 +67,9 @@ def test_the_new_state_is_the_weighted_mean_of_the_updates(prepared: PreparedCoh
     assert update.precision.cut == 0
     flat = federation.manifest.flatten
     assert np.abs(expected).max() > 1000 * bound
-    np.testing.assert_allclose(update.mean, expected, rtol=0, atol=bound * (1 + 1e-6))
+    np.testing.assert_allclose(mean, expected, rtol=0, atol=bound * (1 + 1e-6))
     # The error that sites measured themselves is the one that is there.
-    assert np.abs(update.mean - expected).max() <= update.precision.largest * 1.001 + 1e-12
+    assert np.abs(mean - expected).max() <= update.precision.largest * 1.001 + 1e-12
     np.testing.assert_allclose(flat(new) - flat(state).astype(np.float64), expected, atol=2 * bound + 1e-6)
     loss = np.average([fit.loss for fit in fits.values()], weights=weights)
     assert update.loss == pytest.approx(loss, abs=1e-5)
@@ -99,9 +101,9 @@ def contributions(prepared: PreparedCohort, monkeypatch: pytest.MonkeyPatch, sec
     monkeypatch.setattr(Encoder, "vector", remember)
     specs = small_specs(prepared, secure_sum=secure_sum)
     engine = Recording(in_process(specs, FederatedSite))
-    federation, state = small_federation(engine, specs[0])
-    state, _, _ = federation.train(state, 1, federation.total_slices())
-    federation.score(state, "test", 1, pictures=True)
+    federation, _state = small_federation(engine, specs[0])
+    federation.train(1, federation.total_weight())
+    federation.score("test", 1, pictures=True)
     found, messages = [], {site: [] for site in engine.sites}
     for method, site, reply in engine.replies:
         if method == "advertise":
@@ -145,30 +147,33 @@ def test_the_plain_sum_shows_them_so_the_test_above_can_fail(
 def test_ledger_counts_the_serialized_messages(prepared: PreparedCohort) -> None:
     specs = small_specs(prepared)
     engine = Recording(in_process(specs, FederatedSite))
-    federation, state = small_federation(engine, specs[0])
-    slices = federation.total_slices()
+    federation, _state = small_federation(engine, specs[0])
+    slices = federation.total_weight()
     engine.replies.clear()
-    federation.train(state, 1, slices)
+    federation.train(1, slices)
     up = sum(len(reply) for _, _, reply in engine.replies)
     assert federation.ledger.total("up", 1) == up
     payload = 3 * federation.manifest.bytes_per_site_round
     assert payload < up < 1.01 * payload + 10_000
-    assert federation.ledger.total("down", 1, "update/fit") > payload
+    assert federation.ledger.total("down", 1, "update/fit") < 10_000  # sites have drawn the first state themselves
+    federation.train(2, slices)
+    assert payload < federation.ledger.total("down", 2, "update/fit") < 1.01 * payload + 10_000
 
 
 def test_the_same_state_is_not_sent_twice(prepared: PreparedCohort) -> None:
     specs = small_specs(prepared)
     federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
-    federation.score(state, "val", 0)
+    put_back(federation, state)  # as if the sites had not drawn it themselves
+    federation.score("val", 0)
     first = federation.ledger.total("down", 0, "scores/score")
-    federation.score(state, "test", 0)
+    federation.score("test", 0)
     assert federation.ledger.total("down", 0, "scores/score") - first < first / 10
 
 
 def test_scores_are_the_pooled_mean_of_what_sites_disclose(prepared: PreparedCohort) -> None:
     specs = small_specs(prepared)
-    federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
-    scores = federation.score(state, "test", 0, pictures=True)
+    federation, _state = small_federation(in_process(specs, FederatedSite), specs[0])
+    scores = federation.score("test", 0, pictures=True)
     assert set(scores.by_site) == set(prepared.cohort.sites)
     assert all(group["cases"] == 1 for group in scores.by_site.values())
     for at, name in enumerate(prepared.cohort.classes):
@@ -179,8 +184,8 @@ def test_scores_are_the_pooled_mean_of_what_sites_disclose(prepared: PreparedCoh
 
 def test_sites_disclose_nothing_where_they_may_not(prepared: PreparedCohort) -> None:
     specs = small_specs(prepared, share_site_scores=False, share_pictures=False)
-    federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
-    scores = federation.score(state, "test", 0, pictures=True)
+    federation, _state = small_federation(in_process(specs, FederatedSite), specs[0])
+    scores = federation.score("test", 0, pictures=True)
     assert scores.by_site == {}
     assert scores.pictures == {}
     assert not np.isnan(scores.mean_dice)  # the masked sum is still there
@@ -192,7 +197,7 @@ def test_a_site_of_another_run_refuses_by_name(prepared: PreparedCohort, field: 
     specs[1] = specs[1].model_copy(update={field: "other"})
     federation, _ = small_federation(in_process(specs, FederatedSite), specs[0])
     with pytest.raises(RoundError, match=f"site-b refuses .* its {field} is "):
-        federation.total_slices()
+        federation.total_weight()
 
 
 def test_a_site_whose_training_diverges_sends_nothing_and_is_named(
@@ -202,30 +207,31 @@ def test_a_site_whose_training_diverges_sends_nothing_and_is_named(
     federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
     bad = {name: np.full_like(value, np.nan) for name, value in state.items()}
     before = federation.manifest.flatten(state).copy()
-    slices = federation.total_slices()
+    slices = federation.total_weight()
+    put_back(federation, bad)
     with pytest.raises(RoundError, match=r"site site-a: the loss is not finite in round 1, step 1.*learning_rate"):
-        federation.train(bad, 1, slices)
+        federation.train(1, slices)
     np.testing.assert_array_equal(federation.manifest.flatten(state), before)
 
 
 def test_an_update_over_the_clip_is_refused_not_saturated(prepared: PreparedCohort) -> None:
     specs = small_specs(prepared, update_clip=1e-6)
-    federation, state = small_federation(in_process(specs, FederatedSite), specs[0])
+    federation, _state = small_federation(in_process(specs, FederatedSite), specs[0])
     with pytest.raises(RoundError, match=r"its values do not fit their clips .* federation.update_clip"):
-        run_rounds(federation, state, lambda *_: None)
+        run_rounds(federation, lambda *_: None)
 
 
 def test_a_restarted_site_is_back_in_the_next_round(tmp_path: Path) -> None:
     prepared = small_cohort(tmp_path, sites=4)
     specs = small_specs(prepared)
     engine = in_process(specs, FederatedSite)
-    federation, state = small_federation(engine, specs[0])
-    slices = federation.total_slices()
+    federation, _state = small_federation(engine, specs[0])
+    slices = federation.total_weight()
     engine._sites["site-b"] = FederatedSite(specs[1])  # its memory is gone, as after a crash
-    state, _, total = federation.train(state, 1, slices)
+    _, (total,) = federation.train(1, slices)
     assert total.contributors == ("site-a", "site-c", "site-d")
     assert total.lost == {"site-b": "site site-b is not open (it may have been restarted)"}
-    _, _, total = federation.train(state, 2, slices)
+    _, (total,) = federation.train(2, slices)
     assert total.contributors == ("site-a", "site-b", "site-c", "site-d")
 
 
@@ -235,16 +241,16 @@ def test_sites_told_different_tasks_refuse_each_other(prepared: PreparedCohort) 
 
     class Lying(Recording):
         def call(self, method: str, args: Any, deadline: float) -> Any:
-            if method == "advertise" and args["site-b"]["task"]["total_slices"]:
+            if method == "advertise" and args["site-b"]["task"]["total"]:
                 args = {site: dict(own) for site, own in args.items()}
                 for site in ("site-b", "site-c"):
-                    args[site]["task"] = {**args[site]["task"], "total_slices": 1e15}
+                    args[site]["task"] = {**args[site]["task"], "total": 1e15}
             return super().call(method, args, deadline)
 
-    federation, state = small_federation(Lying(in_process(specs, FederatedSite)), specs[0])
-    slices = federation.total_slices()
+    federation, _state = small_federation(Lying(in_process(specs, FederatedSite)), specs[0])
+    slices = federation.total_weight()
     with pytest.raises(RoundError, match="site-b refuses the update sum of round 1: its layout_hash is"):
-        federation.train(state, 1, slices)
+        federation.train(1, slices)
 
 
 def test_a_site_with_another_backbone_is_refused(prepared: PreparedCohort) -> None:

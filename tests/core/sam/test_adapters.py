@@ -1,5 +1,6 @@
 """LoRA by PEFT: starts at nothing, trains exactly its manifest, travels, is written, loaded and merged."""
 
+import copy
 import errno
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
 from fedsam_core.errors import CheckpointError, DataError, SelectionError
+from fedsam_core.federation.state import weights_hash
 from fedsam_core.sam import adapters
 from fedsam_core.sam.adapters import (
     adapt,
@@ -50,7 +52,15 @@ BARE = LayerSelection.model_validate(
 LOCAL = LayerSelection.model_validate(
     {"name": "personal", "lora": {"encoder": ["v"], "rank": 2}, "train": ["head"], "local": ["encoder.norms"]}
 )
-ALL = [*(preset(name, 4) for name in PRESETS), RANKS, ALPHA, BARE, LOCAL]
+SCALED = LayerSelection.model_validate(
+    {
+        "name": "scaled",
+        "lora": {"encoder": ["q", "mlp"], "decoder": ["v"], "rank": 4, "alpha": 6, "block_ranks": {1: 2}},
+        "train": ["head"],
+        "local": ["lora.scale"],
+    }
+)
+ALL = [*(preset(name, 4) for name in PRESETS), RANKS, ALPHA, BARE, LOCAL, SCALED]
 IMAGES = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
 
 
@@ -108,7 +118,7 @@ def test_folder_gives_the_same_logits_back(selection: LayerSelection, tmp_path: 
     as_peft = has_peft_layout(segmenter, manifest)
     files = {"adapter_config.json", "adapter_model.safetensors"} if as_peft else {"trained.safetensors"}
     assert names == files | {"manifest.json", "card.json"}
-    assert as_peft == (selection.lora is not None and selection.name != "bare")
+    assert as_peft == (selection.lora is not None and selection.name not in ("bare", "scaled"))
     assert json.loads((tmp_path / "adapter" / "card.json").read_text())["dice"] == 0.5
 
     again = fresh(selection)
@@ -119,7 +129,7 @@ def test_folder_gives_the_same_logits_back(selection: LayerSelection, tmp_path: 
         torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("selection", [preset("lora", 4), preset("lora-decoder", 4), RANKS, ALPHA], ids=tell)
+@pytest.mark.parametrize("selection", [preset("lora", 4), preset("lora-decoder", 4), RANKS, ALPHA, SCALED], ids=tell)
 def test_merging_keeps_the_logits_and_removes_lora(selection: LayerSelection) -> None:
     segmenter, _ = trained(selection)
     expected = logits(segmenter)
@@ -140,6 +150,96 @@ def test_the_update_is_alpha_over_rank_b_a() -> None:
     assert a.shape == (2, 192)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), plain(x) + 6 / 2 * (x @ a.T @ b.T))
+
+
+def scales(segmenter: SamSegmenter) -> dict[str, torch.nn.Parameter]:
+    return {name: value for name, value in segmenter.named_parameters() if name.endswith(".lora_scale")}
+
+
+def test_lora_scale_multiplies_the_branch_of_its_layer() -> None:
+    segmenter, _ = trained(SCALED)
+    layer = segmenter.image_encoder.blocks[1].attn.q_proj
+    plain = fresh(SCALED).image_encoder.blocks[1].attn.q_proj
+    x = torch.randn(3, 192)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        for factor in (1.0, 0.5, -2.0, 0.0):
+            layer.lora_scale.fill_(factor)
+            torch.testing.assert_close(layer(x), plain(x) + factor * 6 / 2 * (x @ a.T @ b.T))
+    layer(x).sum().backward()
+    assert layer.lora_scale.grad.shape == (1,)
+    torch.testing.assert_close(layer.lora_scale.grad, (6 / 2 * (x @ a.T @ b.T)).sum().detach()[None])
+
+
+def test_lora_scale_starts_at_one_and_leaves_the_draws_alone() -> None:
+    segmenter, plain = fresh(SCALED), fresh(SCALED)
+    manifest = adapt(segmenter, SCALED)
+    without = adapt(plain, SCALED.model_copy(update={"local": ()}))
+    assert len(scales(segmenter)) == len(manifest.local) == 6 * 3 + 7
+    assert all(value.tolist() == [1.0] for value in scales(segmenter).values())
+    for name, value in shared_state(plain, without).items():
+        assert np.array_equal(value, shared_state(segmenter, manifest)[name])
+    # A factor of 1 changes no bit: such a site computes what the others do.
+    load_shared_state(segmenter, manifest, shared_state(trained(SCALED)[0], manifest))
+    load_shared_state(plain, without, shared_state(segmenter, manifest))
+    assert torch.equal(logits(segmenter), logits(plain))
+
+
+def test_lora_scale_is_local_state_and_no_frozen_weight() -> None:
+    segmenter, manifest = trained(SCALED)
+    other = fresh(SCALED)
+    adapt(other, SCALED)
+    assert weights_hash(other, manifest) == weights_hash(segmenter, manifest)
+    load_shared_state(other, manifest, shared_state(segmenter, manifest))
+    assert not torch.allclose(logits(other), logits(segmenter))
+    state = local_state(segmenter, manifest)
+    assert state.keys() == scales(segmenter).keys()
+    load_local_state(other, manifest, state)
+    assert torch.equal(logits(other), logits(segmenter))
+    assert len({value.item() for value in state.values()}) == len(state)
+
+
+def test_lora_scale_of_a_copy_is_the_copys_own() -> None:
+    segmenter, _ = trained(SCALED)
+    before = logits(segmenter)
+    other = copy.deepcopy(segmenter)
+    assert torch.equal(logits(other), before)
+    with torch.no_grad():
+        for value in scales(other).values():
+            value.zero_()
+    assert torch.equal(logits(segmenter), before)
+    assert not torch.allclose(logits(other), before)
+
+
+def test_lora_scale_under_bf16_is_not_rounded_itself() -> None:
+    segmenter, _ = trained(SCALED)
+    layer = segmenter.image_encoder.blocks[0].attn.q_proj
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.randn(512, 192)
+        layer.lora_scale.fill_(1.0)
+        plain = layer.lora_A["default"](x)
+        layer.lora_scale.fill_(1.003)  # bf16 knows 1 and 1.0078
+        scaled = layer.lora_A["default"](x)
+    assert plain.dtype == scaled.dtype == torch.bfloat16
+    ratio = float(scaled.double().norm() / plain.double().norm())
+    assert ratio == pytest.approx(1.003, abs=1e-3)
+
+
+def test_lora_scale_learns() -> None:
+    """Frozen where the shared values are: a site that may only turn its factors still fits better."""
+    segmenter, _ = trained(SCALED)
+    factors = scales(segmenter)
+    labels = (IMAGES[:, 0] > 0.5).long()
+    optimizer = torch.optim.SGD(factors.values(), lr=0.1)
+    losses = []
+    for _ in range(6):
+        loss = F.cross_entropy(segmenter(IMAGES), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(value.grad is not None and value.grad.abs().item() > 0 for value in factors.values())
 
 
 def test_shared_and_local_state_travel_apart() -> None:

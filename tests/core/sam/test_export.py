@@ -36,6 +36,14 @@ FLAP, PRETRAINED = preset("flap", 4), preset("lora", 4)
 SAM_HEAD = LayerSelection.model_validate(
     {"name": "tokens", "lora": {"encoder": ["q", "v"], "rank": 4}, "train": ["mask_tokens", "hypernetworks"]}
 )
+SCALED = LayerSelection.model_validate(
+    {
+        "name": "scaled",
+        "lora": {"encoder": ["q", "mlp"], "decoder": ["v"], "rank": 4, "alpha": 6, "block_ranks": {1: 2}},
+        "train": ["head"],
+        "local": ["lora.scale"],
+    }
+)
 HEADS = [(FLAP, "flap"), (SAM_HEAD, "sam"), (PRETRAINED, "pretrained")]
 LOGITS = 1e-4  # the promise; what is measured is 100 times less
 
@@ -194,6 +202,23 @@ def test_onnx_agrees_with_torch_for_any_batch(tmp_path: Path, monkeypatch: pytes
     written = nib.load(tmp_path / "onnx" / "mask.nii.gz")
     assert (np.asarray(written.dataobj) != mask).mean() < 1e-3
     np.testing.assert_allclose(written.affine, scan.affine)
+
+
+def test_a_sites_own_lora_scale_is_in_every_format(tmp_path: Path) -> None:
+    trained, expected = model(tmp_path, SCALED)
+    for value in trained.segmenter.parameters():
+        if value.shape == (1,):
+            assert value.item() != 1
+    adapter, merged, onnx_file = export(trained, tmp_path, ["adapter", "merged", "onnx"])
+    assert adapter.file.name == "trained.safetensors"  # PEFT has no place for the factors
+    with torch.no_grad():
+        assert torch.equal(load_trained(tmp_path / "adapter").segmenter(image_batch()), expected)
+        assert off(load_trained(tmp_path / "merged").segmenter(image_batch()), expected) < LOGITS / 10
+    sam = official_sam(trained.card.model)
+    sam.load_state_dict(torch.load(merged.file, weights_only=True), strict=True)
+    assert off(official_logits(sam, image_batch(), trained.card.model), expected) < LOGITS / 10
+    session = onnxruntime.InferenceSession(onnx_file.file, providers=["CPUExecutionProvider"])
+    assert off(session.run(None, {"images": image_batch().numpy()})[0], expected) < LOGITS / 10
 
 
 def test_large_onnx_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,93 @@
+"""Groups of like values in the flat vector of shared parameters: each has its own clip, and its own lanes.
+
+LoRA's A and B are apart, because B starts from zero. Where sites have different ranks, LoRA's rows (of A) and columns
+(of B) fall into bands: a band is summed over the sites whose rank reaches it.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsam_core.selection import ALL_KINDS, Kind, ManifestEntry, ParameterManifest
+
+
+@dataclass(frozen=True)
+class Group:
+    """Values that are clipped and rounded alike.
+
+    Attributes:
+        index: intp [size], their places in the manifest's flat vector, upwards.
+        sites: who has them; None for all.
+    """
+
+    index: NDArray[np.intp]
+    sites: tuple[str, ...] | None = None
+
+
+def tensor_groups(
+    manifest: ParameterManifest,
+    kinds: Collection[Kind] = ALL_KINDS,
+    sites: Sequence[str] = (),
+    ranks: Mapping[str, int] | None = None,
+) -> dict[str, Group]:
+    """The groups of the shared values of these kinds, by name, in the manifest's order.
+
+    Args:
+        sites: of the run.
+        ranks: by site, where a site's LoRA rank is lower than the selection's; see `bands`.
+    """
+    places: dict[str, list[NDArray[np.intp]]] = {}
+    members: dict[str, tuple[str, ...] | None] = {}
+    start = 0
+    for entry in manifest.shared:
+        flat = np.arange(start, start + entry.numel, dtype=np.intp)
+        start += entry.numel
+        if entry.kind not in kinds:
+            continue
+        name = entry.group if entry.kind == "whole" else f"{entry.group}.{entry.kind[-1]}"
+        for suffix, part, who in _parts(entry, flat, sites, ranks or {}):
+            places.setdefault(name + suffix, []).append(part)
+            members[name + suffix] = who
+    return {name: Group(np.concatenate(parts), members[name]) for name, parts in places.items()}
+
+
+def bands(rank: int, sites: Sequence[str], ranks: Mapping[str, int]) -> list[tuple[int, int, tuple[str, ...] | None]]:
+    """First and last (exclusive) component of each band of a LoRA of this rank, and the sites that have it."""
+    reach = {site: min(ranks.get(site, rank), rank) for site in sites}
+    edges = sorted({rank, *reach.values()})
+    found: list[tuple[int, int, tuple[str, ...] | None]] = []
+    for low, high in zip([0, *edges[:-1]], edges, strict=True):
+        who = tuple(site for site in sorted(sites) if reach[site] >= high)
+        found.append((low, high, None if len(who) == len(sites) else who))
+    return found
+
+
+def beyond_rank(manifest: ParameterManifest, rank: int) -> NDArray[np.intp]:
+    """Places (intp) in the flat vector of the LoRA components that a site of this rank does not have."""
+    places: list[NDArray[np.intp]] = [np.empty(0, np.intp)]
+    start = 0
+    for entry in manifest.shared:
+        flat = np.arange(start, start + entry.numel, dtype=np.intp).reshape(entry.shape)
+        start += entry.numel
+        if entry.kind == "lora_A":
+            places.append(flat[rank:].ravel())
+        elif entry.kind == "lora_B":
+            places.append(flat[:, rank:].ravel())
+    return np.sort(np.concatenate(places))
+
+
+def _parts(
+    entry: ManifestEntry, flat: NDArray[np.intp], sites: Sequence[str], ranks: Mapping[str, int]
+) -> list[tuple[str, NDArray[np.intp], tuple[str, ...] | None]]:
+    """An entry's places, cut into bands: (suffix of the group's name, places, sites)."""
+    if entry.kind == "whole" or not ranks:
+        return [("", flat, None)]
+    rank = entry.shape[0] if entry.kind == "lora_A" else entry.shape[1]
+    table = flat.reshape(entry.shape)
+    found = []
+    for low, high, who in bands(rank, sites, ranks):
+        part = table[low:high] if entry.kind == "lora_A" else table[:, low:high]
+        found.append((f"[{low}:{high}]", part.ravel(), who))
+    return found

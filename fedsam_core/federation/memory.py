@@ -1,0 +1,176 @@
+"""What a site keeps from one round to the next, on its own node.
+
+Local layers, a control variate (SCAFFOLD), what compression left over: such values belong to one site, are never sent
+and are in no checkpoint of the driver's. So that a round that is repeated starts from what it started from, the state
+after the round before it is kept beside the newest one. A round that is saved ends all later ones: they follow from a
+course that the run has left.
+
+    FOLDER/round-000004.safetensors    mode 0600 in a folder of mode 0700; arrays by name, any dtype that numpy and
+                                       safetensors share; in the header `layout_hash`, and `sha256` over names, dtypes,
+                                       shapes and values
+
+The values derive from the site's patients, as the keys do not: the folder is no place to share.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedsam_core.data.files import write_atomic, write_failed
+from fedsam_core.errors import CheckpointError, DataError
+
+_log = logging.getLogger(__name__)
+
+KEPT = 2  # rounds: the newest, and the one before, from which the newest can be repeated
+
+Array = np.ndarray[Any, Any]
+
+_FILE = re.compile(r"round-(\d{6,})\.safetensors")
+
+
+class SiteMemory:
+    """Named arrays by round, the two newest rounds of them. Arrays are copied on their way in and out."""
+
+    def __init__(self, folder: Path | None, layout_hash: str) -> None:
+        """
+        Args:
+            folder: for one site in one run, and nothing else; made where it is missing, closed to other users. None
+                keeps everything in RAM.
+            layout_hash: of the manifest that the arrays belong to.
+
+        Raises:
+            CheckpointError: the folder holds a damaged file, or the memory of another layout.
+            DataError: the folder cannot be used.
+        """
+        self._folder = folder
+        self._layout_hash = layout_hash
+        self._in_ram: dict[int, dict[str, Array]] = {}
+        if folder is not None:
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folder.chmod(0o700)  # one that was there may be open to others
+                for unfinished in folder.glob(".round-*.tmp"):  # of a process that was killed while it wrote
+                    unfinished.unlink()
+            except OSError as error:
+                raise write_failed(folder, error) from error
+            for number in self.rounds:
+                self._read(self._path(folder, number))
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """Numbers of the rounds that are kept, upwards."""
+        if self._folder is None:
+            return tuple(sorted(self._in_ram))
+        try:
+            found = [_FILE.fullmatch(path.name) for path in self._folder.iterdir()]
+        except OSError as error:
+            raise DataError(f"{self._folder}: cannot list the site's memory ({error.strerror})") from error
+        return tuple(sorted(int(match[1]) for match in found if match))
+
+    def save(self, round: int, arrays: Mapping[str, Array]) -> None:
+        """Keeps the state after a round, in place of what was kept of it and of later rounds.
+
+        Raises:
+            DataError: the disk refuses; what was kept of this and earlier rounds is still there.
+        """
+        copies = {name: np.array(value, order="C") for name, value in arrays.items()}
+        for later in self.rounds:
+            if later > round:
+                self._remove(later)
+        if self._folder is None:
+            self._in_ram[round] = copies
+        else:
+            about = json.dumps({"layout_hash": self._layout_hash, "sha256": _digest(copies)}, sort_keys=True)
+            path = self._path(self._folder, round)
+            write_atomic(path, save(copies, metadata={"fedsam": about}))
+            try:
+                path.chmod(0o600)
+            except OSError as error:
+                raise write_failed(path, error) from error
+        for old in self.rounds[:-KEPT]:
+            self._remove(old)
+
+    def before(self, round: int) -> tuple[int, dict[str, Array]] | None:
+        """The newest state of an earlier round, with that round's number: what `round` starts from, however often.
+
+        None where none is kept. Where later ones are (a run was taken back by more rounds than are kept), that is
+        logged: the site goes on without what it had.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another layout.
+        """
+        earlier = [number for number in self.rounds if number < round]
+        if earlier:
+            return earlier[-1], self._load(earlier[-1])
+        if later := [number for number in self.rounds if number > round]:
+            _log.warning(
+                "round %d starts without the site's own values: only those after round %s are kept",
+                round,
+                " and ".join(map(str, later)),
+            )
+        return None
+
+    def latest(self) -> tuple[int, dict[str, Array]] | None:
+        """The newest state, with its round; None where none is kept. Raises as `before`."""
+        rounds = self.rounds
+        return (rounds[-1], self._load(rounds[-1])) if rounds else None
+
+    def _load(self, number: int) -> dict[str, Array]:
+        if self._folder is not None:
+            return self._read(self._path(self._folder, number))
+        return {name: value.copy() for name, value in self._in_ram[number].items()}
+
+    def _read(self, path: Path) -> dict[str, Array]:
+        """Raises CheckpointError."""
+        try:
+            data = path.read_bytes()
+            arrays = {name: np.array(value) for name, value in load(data).items()}
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            about = json.loads(header["__metadata__"]["fedsam"])
+            layout, digest = about["layout_hash"], about["sha256"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path} is unreadable ({reason}): {_FIX}") from error
+        if layout != self._layout_hash:
+            raise CheckpointError(
+                f"{path.parent} keeps a site's values for another selection or model (layout {str(layout)[:12]}, not "
+                f"{self._layout_hash[:12]}): give this run a folder of its own, or remove that one"
+            )
+        if digest != _digest(arrays):
+            raise CheckpointError(f"{path} is damaged, its values are not those that were written: {_FIX}")
+        return arrays
+
+    def _remove(self, number: int) -> None:
+        if self._folder is None:
+            del self._in_ram[number]
+            return
+        path = self._path(self._folder, number)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_failed(path, error) from error
+
+    @staticmethod
+    def _path(folder: Path, number: int) -> Path:
+        return folder / f"round-{number:06d}.safetensors"
+
+
+_FIX = "restore it, or remove it and let the site go on from an earlier round of its memory, or without any"
+
+
+def _digest(arrays: Mapping[str, Array]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and values, in the names' order."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        value = arrays[name]
+        digest.update(json.dumps([name, value.dtype.str, list(value.shape)]).encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
