@@ -494,8 +494,8 @@ def report(cohort: str, rows: Sequence[Row], runs: Runs, seeds: int, budget: Bud
         f"vit_t, {budget.image_size} px, rank {budget.rank}, random weights; {budget.rounds} rounds of "
         f"{budget.local_steps} steps, {budget.batch_size} slices each, learning rate {budget.learning_rate:g}.",
         "",
-        "| row | up, down bits | Dice [95%] | seeds | less flap-fp32 [95%] | MB up | MB down | MB in all | fewer bytes "
-        "| within |",
+        "| row | up, down bits | Dice [95%] | seeds | minus flap-fp32 [95%] | MB up | MB down | MB in all | fewer "
+        "bytes | within |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in told:
@@ -534,7 +534,7 @@ def _between(interval: tuple[float, float] | None, form: str) -> str:
 def picture(cohort: str, rows: Sequence[Row], runs: Runs) -> bytes:
     """PNG: Dice against bytes, a color a rule, with intervals; the band is the interval of fp32 `flap`."""
     told = lines(rows, runs)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     (base,) = lines([ROWS[0]], runs)
@@ -561,7 +561,9 @@ def picture(cohort: str, rows: Sequence[Row], runs: Runs) -> bytes:
     axes.set_xlabel("MB of all messages in a run, all sites, up and down")
     axes.set_ylabel("Dice on the test cases, mean over sites")
     axes.set_title(f"{cohort}: LoRA rules and bits on the wire (95% intervals over cases)", size=10)
-    axes.legend(fontsize=8)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    figure.legend(loc="outside right upper", fontsize=8)
     stream = BytesIO()
     figure.savefig(stream, format="png", dpi=130)
     return stream.getvalue()

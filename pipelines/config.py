@@ -172,16 +172,18 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+def describe(
+    section: type[BaseModel] = Config, prefix: str = "", required: str = "required"
+) -> list[tuple[str, str, str]]:
     """Rows (key, default, meaning) of every setting, for --help."""
     rows: list[tuple[str, str, str]] = []
     for name, field in section.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
         nested = next((k for k in kinds if isinstance(k, type) and issubclass(k, Settings)), None)
         if nested is not None and nested is not LayerSelection:
-            rows += describe(nested, f"{prefix}{name}.")
+            rows += describe(nested, f"{prefix}{name}.", "unset" if field.default is None else "required")
         else:
-            default = "required" if field.is_required() else _inline(field.get_default(call_default_factory=True))
+            default = required if field.is_required() else _inline(field.get_default(call_default_factory=True))
             rows.append((prefix + name, default, field.description or ""))
     return rows
 

@@ -147,7 +147,8 @@ def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine
                 run_rounds(federation, recorder.after_round)
                 rounds = config.federation.rounds
                 final = federation.score("test", rounds, pictures=True)
-                personal = federation.score("test", rounds, personal=True) if config.federation.personal_steps else None
+                has_own = bool(config.federation.personal_steps or config.layers.local)
+                personal = federation.score("test", rounds, personal=True) if has_own else None
                 return recorder.finish(segmenter, final, personal, tracking.ui_command())
             finally:
                 recorder.keep_record()  # of what failed, too
@@ -245,7 +246,7 @@ def show(outcome: Outcome) -> None:
     if outcome.personal:
         own = [(f"site {site}", group["dice"]) for site, group in sorted(outcome.personal["per_site"].items())]
         own.append(("all sites", outcome.personal["dice"]))
-        console.out.print(console.table("Dice of each site's own fine-tuned model", ("", "own"), own))
+        console.out.print(console.table("Dice of each site's own model, which stays at the site", ("", "own"), own))
     if outcome.epsilon is not None:
         console.out.print(f"differential privacy of the updates: epsilon {outcome.epsilon:.3g}")
     up, down = console.size(outcome.bytes_up), console.size(outcome.bytes_down)

@@ -13,6 +13,7 @@ from fedsam_core.data.preprocess import PreprocessConfig
 from fedsam_core.evaluation.overlays import dice_bars
 from fedsam_core.federation.rounds import Federation, RoundReport, Scores
 from fedsam_core.federation.state import GlobalState, pack_state
+from fedsam_core.federation.summation import RECORDED_BYTES
 from fedsam_core.sam.adapters import load_shared_state, save_adapter
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.trained import describe
@@ -52,7 +53,7 @@ class Outcome:
         trained: parameters trained and sent.
         rounds: how many.
         minutes: from the first to the last score.
-        personal: as `after`, of each site's own fine-tuned model; None without.
+        personal: as `after`, of each site's own model; None where it has none.
         epsilon: privacy that the updates have spent; None without differential privacy.
     """
 
@@ -113,7 +114,8 @@ class Recorder:
         manifest, ledger = self._federation.manifest, self._federation.ledger
         if self._config.federation.keep_sums:
             for total in report.totals:
-                self._folder.write(sum_file(total.entry), total.packed)
+                if len(total.packed) > RECORDED_BYTES:  # else it stands in the record itself
+                    self._folder.write(sum_file(total.entry), total.packed)
         self.keep_record()
         note = {
             "round": str(report.round),

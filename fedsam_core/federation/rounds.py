@@ -246,8 +246,9 @@ class Federation:
         asked = {site: {"picture": pictures} for site in total.contributors}
         told, _ = self.engine.call("disclose", asked, self.config.deadline_s)
         for site, reply in told.items():
-            size = len(json.dumps(reply["summary"]).encode()) + len(reply["picture"] or b"")
-            self.ledger.add(site, "up", round_number, "disclose", size)
+            self.ledger.add(site, "up", round_number, "scores/disclose", len(json.dumps(reply["summary"]).encode()))
+            if reply["picture"]:
+                self.ledger.add(site, "up", round_number, "picture", len(reply["picture"]))
         return Scores(
             dice=tuple(dice.tolist()),
             by_site={site: told[site]["summary"] for site in sorted(told) if told[site]["summary"]},

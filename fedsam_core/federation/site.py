@@ -382,11 +382,15 @@ class FederatedSite(SummingSite):
         return np.random.Generator(np.random.Philox(key=key))
 
     def _fine_tune(self, state: GlobalState) -> None:
-        """This site's own model: a last training of all it may train, from the last global state. It stays here."""
+        """This site's own model: the last global state with its own local layers, trained on by `personal_steps`. It is
+        left in the model, and saved on this node; nothing of it is sent."""
         spec, site = self.spec, self._site
-        course = self._course(state, None)
-        own = Course(kept=course.kept, beyond=course.beyond, new_basis=True, steps=spec.federation.personal_steps)
-        site.learner.fit(state.tensors, 1, 1, derive_seed(spec.seed, "personal"), own)
+        course, steps = self._course(state, None), spec.federation.personal_steps
+        if steps:
+            own = Course(kept=course.kept, beyond=course.beyond, new_basis=True, steps=steps)
+            site.learner.fit(state.tensors, 1, 1, derive_seed(spec.seed, "personal"), own)
+        else:
+            site.learner.load(state.tensors, course)
         folder = spec.federation.site_dir.expanduser() / spec.run / spec.site / "adapter"
         cohort = site.prepared.cohort
         card = describe(

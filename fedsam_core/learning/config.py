@@ -16,7 +16,7 @@ class LearningConfig(Settings):
     )
     batch_size: int = Field(12, ge=1, description="slices in a step; a site with fewer takes all it has")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="a site's optimiser")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
     keep_optimizer: bool = Field(
         False,
         description="a site keeps its optimiser's state from round to round; false: every round starts anew. LoRA's "

@@ -48,7 +48,7 @@ def test_a_round_has_the_stated_share_of_empty_slices(prepared: PreparedCohort, 
     shown = dataset.foreground_slices()
     assert 0 < shown.sum() < len(shown)
     site = learner(dataset, empty_share=share, batch_size=size, local_steps=20)
-    batches = site._draw_batches(np.random.default_rng(0))
+    batches = site._draw_batches(np.random.default_rng(0), site.steps)
     empty = [int((~shown[batch]).sum()) for batch in batches]
     assert [len(batch) for batch in batches] == [size] * 20
     assert sum(empty) == round(20 * size * share)
@@ -63,7 +63,7 @@ def test_a_round_has_the_stated_share_of_empty_slices(prepared: PreparedCohort, 
 def test_a_site_with_slices_of_one_kind_uses_those(prepared: PreparedCohort, kind: str) -> None:
     dataset = datasets(prepared)[kind]
     site = learner(dataset, empty_share=0.25, batch_size=4, local_steps=5)
-    batches = site._draw_batches(np.random.default_rng(0))
+    batches = site._draw_batches(np.random.default_rng(0), site.steps)
     assert [len(batch) for batch in batches] == [min(4, len(dataset))] * 5
 
 

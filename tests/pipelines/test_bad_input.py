@@ -106,9 +106,13 @@ def test_a_wrong_setting(stage: Stage, tmp_path: Path, override: str, words: tup
     assert not (tmp_path / "work" / "runs").exists()
 
 
-def test_groups_that_stay_at_the_site_are_refused_for_now(stage: Stage) -> None:
-    ended = stage("federate", "rank=null", "selection={name: mine, train: [head], local: [encoder.norms]}")
-    refused(ended, "encoder.norms", "at the site")
+def test_rules_and_ranks_that_do_not_fit(stage: Stage) -> None:
+    whole = "selection={name: mine, train: [head]}"
+    refused(stage("federate", "rank=null", whole, "federation.rule=rolora"), "mine", "no LoRA", "federation.rule")
+    refused(stage("federate", "federation.site_ranks={nowhere: 2}"), "site_ranks", "nowhere", "no site")
+    refused(stage("federate", "federation.privacy.clip=1.0"), "federation.privacy.noise_multiplier")
+    private = ("federation.privacy={clip: 1.0, noise_multiplier: 1.0}", "federation.bits=24")
+    refused(stage("federate", *private), "weights=equal")
 
 
 def test_a_checkpoint_for_another_backbone(stage: Stage, tmp_path: Path) -> None:

@@ -675,8 +675,8 @@ def test_a_beginning_must_come_first(folder: Path, run: Verify) -> None:
     def change(entries: list[dict[str, Any]]) -> None:
         entries.append(entries.pop(0))
         for entry in entries:
-            if entry["kind"] == "state" and entry["sum"] is not None:
-                entry["sum"] -= 1
+            if entry["kind"] == "state":
+                entry["sums"] = [number - 1 for number in entry["sums"]]
 
     relink(folder, change)
     for path in sorted((folder / "sums").iterdir()):

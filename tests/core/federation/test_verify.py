@@ -315,7 +315,7 @@ def test_a_good_run_verifies_and_says_what_it_cannot_tell(good: Kept) -> None:
     assert good.ok() == CHECKS
     assert found["states"].detail == "2 of 2 rounds repeated bit for bit from their sums"
     assert found["attempts"].detail.startswith("7 sums")
-    assert found["signatures"].detail.startswith("90 signatures hold")  # five messages of three sites in six sums
+    assert found["signatures"].detail.startswith("105 signatures hold")  # five messages of three sites in six sums
     assert good.failed() == set()
     head = sha256(good.lines[-1]).hexdigest()
     words = {"head outside": head, "training": "honest", "masked vectors": "not kept", "identities": "--roster"}
