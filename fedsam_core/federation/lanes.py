@@ -213,7 +213,7 @@ def put_private(encoder: Encoder, about: Round, update: NDArray[np.float32], rng
 
 
 @dataclass(frozen=True)
-class Contribution:
+class SiteUpdate:
     """What a site's training gave, as it goes into a round's sums.
 
     Attributes:
@@ -235,7 +235,7 @@ def check_update(update: Values, config: FederationConfig) -> None:
         raise UnfitValues(f"the update holds {what}, over federation.update_clip ({config.update_clip:g})")
 
 
-def put_magnitudes(encoder: Encoder, about: Round, task: Task, site: str, given: Contribution, steps: int) -> None:
+def put_magnitudes(encoder: Encoder, about: Round, task: Task, site: str, given: SiteUpdate, steps: int) -> None:
     """Fills the histograms of what a site will contribute."""
     counts = []
     for name, part in parts_of(about, task.stage).items():
@@ -245,7 +245,7 @@ def put_magnitudes(encoder: Encoder, about: Round, task: Task, site: str, given:
 
 
 def put_update(
-    encoder: Encoder, layout: VectorLayout, about: Round, task: Task, site: str, given: Contribution, fit: Fit
+    encoder: Encoder, layout: VectorLayout, about: Round, task: Task, site: str, given: SiteUpdate, fit: Fit
 ) -> None:
     """Fills the lanes of an update with what a site's training gave."""
     magnitudes, cut, largest_error, square_error = [], [], [], []
@@ -278,7 +278,7 @@ def put_update(
             encoder.put("probes", np.clip(given.probes * weight, -MAX_PROBE, MAX_PROBE))
 
 
-def _weighted(about: Round, task: Task, name: str, given: Contribution, steps: int) -> Values:
+def _weighted(about: Round, task: Task, name: str, given: SiteUpdate, steps: int) -> Values:
     factor = given.weight / steps if about.config.normalize_steps and not name.startswith(CONTROL) else given.weight
     values = given.parts[name]
     if not about.config.rotates:

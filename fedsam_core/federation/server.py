@@ -126,7 +126,6 @@ class Course:
         self._basis: Basis = first_basis(about.config, about.manifest, about.seed, about.number)
         self._changes: Basis = {}
         self._updates: list[Update] = []
-        self._contributors: tuple[str, ...] = ()
         self._given_up = False
 
     def task(self) -> Task | None:
@@ -151,7 +150,6 @@ class Course:
             return
         update = read_update(layout, lanes, contributors, about, self._stage)
         self._updates.append(update)
-        self._contributors = tuple(contributors)
         server.clips |= update.clips
         if server.accountant is not None:
             server.accountant.spend(len(contributors))

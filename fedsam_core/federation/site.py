@@ -22,8 +22,8 @@ from fedsam_core.evaluation.overlays import overlay
 from fedsam_core.federation.groups import beyond_rank
 from fedsam_core.federation.lanes import (
     CONTROL,
-    Contribution,
     Round,
+    SiteUpdate,
     check_update,
     layout_of,
     put_magnitudes,
@@ -47,7 +47,7 @@ from fedsam_core.federation.tasks import Task, sum_hash
 from fedsam_core.hashing import derive_seed, stable_hash
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.device import describe_device, pick_device
-from fedsam_core.learning.learner import Course, Fit, Learner
+from fedsam_core.learning.learner import Assignment, Fit, Learner
 from fedsam_core.sam.adapters import adapt, save_adapter, shared_state
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter
 from fedsam_core.secagg.attempt import Attempt
@@ -245,7 +245,7 @@ class FederatedSite(SummingSite):
                 if task.personal:
                     self._fine_tune(accepted)
                 else:
-                    self._site.learner.load(accepted.tensors, self._course(accepted, None))
+                    self._site.learner.load(accepted.tensors, self._assignment(accepted, None))
                 self._scored = self._segment_all(task.split)
             totals, counts = dice_sums([score for score, _ in self._scored], len(self._site.classes))
             return self._contribute(lambda encoder, _: encoder.put_all({"dice": totals, "cases": counts}))
@@ -299,12 +299,12 @@ class FederatedSite(SummingSite):
             raise OtherAttempt(f"site {self.spec.site} was told another total weight than before")
         self._total = task.total
 
-    def _course(self, state: GlobalState, round_number: int | None) -> Course:
+    def _assignment(self, state: GlobalState, round_number: int | None) -> Assignment:
         """What this site brings to a round's training; None for scoring, with the newest it has."""
         site, federation = self._site, self.spec.federation
         rank = federation.site_ranks.get(self.spec.site)
         kept = site.memory.latest() if round_number is None else site.memory.before(round_number)
-        return Course(
+        return Assignment(
             kinds=trained_kinds(federation, round_number or 1),
             kept={name: value for name, value in kept[1].items() if name != _NOISE} if kept else {},
             control=state.control,
@@ -314,11 +314,11 @@ class FederatedSite(SummingSite):
 
     def _train(self, state: GlobalState) -> Trained:
         spec, number = self.spec, self._current().round
-        course = self._course(state, number)
-        fit = self._site.learner.fit(state.tensors, number, spec.federation.rounds, spec.seed, course)
+        assignment = self._assignment(state, number)
+        fit = self._site.learner.fit(state.tensors, number, spec.federation.rounds, spec.seed, assignment)
         start = state.vector.copy()
-        if course.beyond is not None:
-            start[course.beyond] = 0.0
+        if assignment.beyond is not None:
+            start[assignment.beyond] = 0.0
         return Trained(fit, start, self._noise(number) if spec.federation.privacy else None)
 
     def _give(self, task: Task, basis: Basis) -> bytes:
@@ -344,7 +344,7 @@ class FederatedSite(SummingSite):
 
         return self._contribute(fill)
 
-    def _contribution(self, trained: Trained, about: Round, task: Task, basis: Basis) -> Contribution:
+    def _contribution(self, trained: Trained, about: Round, task: Task, basis: Basis) -> SiteUpdate:
         assert task.total is not None
         config, manifest, fit = self.spec.federation, self._site.manifest, trained.fit
         after = trained.start.astype(np.float64) + fit.update
@@ -359,7 +359,7 @@ class FederatedSite(SummingSite):
                 meter = Meter(config, manifest, about.seed, about.number)
                 probes = (meter.read(after) - meter.read(trained.start)).ravel()
         parts |= product_values(config, manifest, task.stage, basis, trained.start, after)
-        return Contribution(parts, self._amount() / task.total, probes)
+        return SiteUpdate(parts, self._amount() / task.total, probes)
 
     def _contributed(self) -> None:
         """What this site keeps for the next round counts once its update is in a sum."""
@@ -385,12 +385,12 @@ class FederatedSite(SummingSite):
         """This site's own model: the last global state with its own local layers, trained on by `personal_steps`. It is
         left in the model, and saved on this node; nothing of it is sent."""
         spec, site = self.spec, self._site
-        course, steps = self._course(state, None), spec.federation.personal_steps
+        assignment, steps = self._assignment(state, None), spec.federation.personal_steps
         if steps:
-            own = Course(kept=course.kept, beyond=course.beyond, new_basis=True, steps=steps)
+            own = Assignment(kept=assignment.kept, beyond=assignment.beyond, new_basis=True, steps=steps)
             site.learner.fit(state.tensors, 1, 1, derive_seed(spec.seed, "personal"), own)
         else:
-            site.learner.load(state.tensors, course)
+            site.learner.load(state.tensors, assignment)
         folder = spec.federation.site_dir.expanduser() / spec.run / spec.site / "adapter"
         cohort = site.prepared.cohort
         card = describe(

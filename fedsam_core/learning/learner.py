@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Course:
+class Assignment:
     """What a round asks of a site's training beside the global state.
 
     Attributes:
@@ -117,27 +117,27 @@ class Learner:
         round_number: int,
         rounds: int,
         seed: int,
-        course: Course = Course(),
+        assignment: Assignment = Assignment(),
     ) -> Fit:
         """One round of local training from the global state.
 
         A pure function of its arguments and the site's slices: every random draw comes from (seed, round, site), and
-        the optimiser starts anew unless its state is in `course.kept`. On CPU the result is bit-equal whenever it is
-        repeated with the same thread count.
+        the optimiser starts anew unless its state is in `assignment.kept`. On CPU the result is bit-equal whenever it
+        is repeated with the same thread count.
 
         Raises:
             TrainingError: a loss or a gradient is not finite; names site, round and step.
         """
         torch.set_num_threads(self.config.threads)
-        start = self.load(state, course)
+        start = self.load(state, assignment)
         self.segmenter.train()
-        with self._trained(course.kinds) as trained:
+        with self._trained(assignment.kinds) as trained:
             parameters = [parameter for _, parameter in trained]
-            optimizer = self._optimizer(trained, course)
-            corrections = self._corrections(trained, course)
-            holes = self._holes(trained, course)
+            optimizer = self._optimizer(trained, assignment)
+            corrections = self._corrections(trained, assignment)
+            holes = self._holes(trained, assignment)
             round_seed = derive_seed(seed, "fit", round_number, self.site)
-            steps = self.steps if course.steps is None else course.steps
+            steps = self.steps if assignment.steps is None else assignment.steps
             batches = self._draw_batches(np.random.default_rng(round_seed), steps)
             losses = []
             overlap = torch.zeros(2, self.segmenter.classes, dtype=torch.float64, device=self.device)
@@ -151,7 +151,7 @@ class Learner:
                 optimizer.step()
                 losses.append(loss)
                 overlap += overlaps / len(batches)
-            kept, control = self._keep(trained, optimizer, corrections, course)
+            kept, control = self._keep(trained, optimizer, corrections, assignment)
         update = self.manifest.flatten(shared_state(self.segmenter, self.manifest)) - start
         numerator, denominator = overlap.cpu().numpy()
         return Fit(update, len(self.dataset), float(np.mean(losses)), numerator, denominator, steps, control, kept)
@@ -163,15 +163,17 @@ class Learner:
             return self.config.local_steps
         return max(1, math.ceil(self.config.local_epochs * len(self.dataset) / self._batch))
 
-    def load(self, state: Mapping[str, Array], course: Course) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def load(self, state: Mapping[str, Array], assignment: Assignment) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Puts the global state and the site's own local values into the model; the former's flat vector, float32, as
         far as the site has it."""
         start = self.manifest.flatten(state)
-        if course.beyond is not None:
-            start[course.beyond] = 0.0
+        if assignment.beyond is not None:
+            start[assignment.beyond] = 0.0
         load_shared_state(self.segmenter, self.manifest, self.manifest.unflatten(start))
         if self.manifest.local:
-            own = {name.removeprefix("local/"): value for name, value in course.kept.items() if name[:6] == "local/"}
+            own = {
+                name.removeprefix("local/"): value for name, value in assignment.kept.items() if name[:6] == "local/"
+            }
             load_local_state(self.segmenter, self.manifest, own or self._local_start)
         return start
 
@@ -194,7 +196,7 @@ class Learner:
                 parameter.requires_grad_(True)
 
     def _optimizer(
-        self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], course: Course
+        self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], assignment: Assignment
     ) -> torch.optim.Optimizer:
         config = self.config
         scales = [p for entry, p in trained if entry.group == LORA_SCALE]  # 1 is their rest, and decay pulls to 0
@@ -209,24 +211,24 @@ class Learner:
             optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         for entry, parameter in trained:
             prefix = f"optimizer/{entry.name}/"
-            found = {name.removeprefix(prefix): v for name, v in course.kept.items() if name.startswith(prefix)}
-            if found and not (course.new_basis and entry.kind != "whole"):
+            found = {name.removeprefix(prefix): v for name, v in assignment.kept.items() if name.startswith(prefix)}
+            if found and not (assignment.new_basis and entry.kind != "whole"):
                 optimizer.state[parameter] = {
                     key: torch.from_numpy(value.copy()).to(self.device) for key, value in found.items()
                 }
         return optimizer
 
     def _corrections(
-        self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], course: Course
+        self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], assignment: Assignment
     ) -> list[Proximal | ControlVariate]:
         """FedProx and SCAFFOLD, of the shared values alone: local ones have no global counterpart."""
         shared = [(entry, p) for entry, p in trained if entry in self._shared]
         parameters = [p for _, p in shared]
         corrections: list[Proximal | ControlVariate] = []
-        if course.control is not None:  # first, as it learns from the raw gradient
-            common = self.manifest.unflatten(course.control)
+        if assignment.control is not None:  # first, as it learns from the raw gradient
+            common = self.manifest.unflatten(assignment.control)
             zeros = {entry.name: np.zeros(entry.shape, np.float32) for entry, _ in shared}
-            own = [course.kept.get(f"control/{entry.name}", zeros[entry.name]) for entry, _ in shared]
+            own = [assignment.kept.get(f"control/{entry.name}", zeros[entry.name]) for entry, _ in shared]
             corrections.append(
                 ControlVariate(
                     parameters,
@@ -239,13 +241,13 @@ class Learner:
         return corrections
 
     def _holes(
-        self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], course: Course
+        self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], assignment: Assignment
     ) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """What a site of a lower rank has not: parameters, and where (bool) their gradient is to be zero."""
-        if course.beyond is None or not course.beyond.size:
+        if assignment.beyond is None or not assignment.beyond.size:
             return []
         flat = np.zeros(self.manifest.shared_size, np.float32)
-        flat[course.beyond] = 1.0
+        flat[assignment.beyond] = 1.0
         missing = self.manifest.unflatten(flat)
         return [
             (parameter, torch.from_numpy(missing[entry.name] > 0).to(self.device))
@@ -258,10 +260,10 @@ class Learner:
         trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]],
         optimizer: torch.optim.Optimizer,
         corrections: Sequence[Proximal | ControlVariate],
-        course: Course,
+        assignment: Assignment,
     ) -> tuple[dict[str, Array], np.ndarray[Any, np.dtype[np.float32]] | None]:
         """What the site keeps for its next round, and the change of its control variate."""
-        kept: dict[str, Array] = dict(course.kept)
+        kept: dict[str, Array] = dict(assignment.kept)
         kept |= {f"local/{name}": value for name, value in local_state(self.segmenter, self.manifest).items()}
         if self.config.keep_optimizer:
             for entry, parameter in trained:
@@ -275,7 +277,7 @@ class Learner:
                 shared = [entry for entry, _ in trained if entry in self._shared]
                 for entry, own in zip(shared, correction.new_own(), strict=True):
                     new = own.detach().cpu().numpy().astype(np.float32)
-                    changes[entry.name] = new - course.kept.get(f"control/{entry.name}", np.float32(0))
+                    changes[entry.name] = new - assignment.kept.get(f"control/{entry.name}", np.float32(0))
                     kept[f"control/{entry.name}"] = new
                 change = self.manifest.flatten(changes)
         return kept, change

@@ -22,7 +22,7 @@ from fedsam_core.federation.state import pack_global, pack_state, state_hash
 from fedsam_core.federation.summation import Contribution
 from fedsam_core.federation.tasks import Task, attempt_from_json, sum_hash
 from fedsam_core.hashing import derive_seed
-from fedsam_core.learning.learner import Course, Fit, Learner
+from fedsam_core.learning.learner import Assignment, Fit, Learner
 from fedsam_core.sam.adapters import load_shared_state, shared_state
 from fedsam_core.secagg import refusals
 from fedsam_core.secagg.keyfiles import create_identity
@@ -138,7 +138,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Every training, by site and round; its update is drawn by chance from both, with a few large values."""
     calls: list[tuple[str, int]] = []
 
-    def fit(self: Learner, state: State, round_number: int, rounds: int, seed: int, course: Course) -> Fit:
+    def fit(self: Learner, state: State, round_number: int, rounds: int, seed: int, assignment: Assignment) -> Fit:
         calls.append((self.site, round_number))
         draws = np.random.default_rng(derive_seed(seed, self.site, round_number))
         update = 1e-3 * draws.standard_t(4, self.manifest.shared_size)
