@@ -221,6 +221,12 @@ class ParameterManifest:
             {part: [[e.name, list(e.shape), e.kind] for e in getattr(self, part)] for part in ("shared", "local")}
         )
 
+    @cached_property
+    def places(self) -> dict[str, slice]:
+        """Where each shared tensor lies in the flat vector, by name, in entry order."""
+        stops = np.cumsum([entry.numel for entry in self.shared], dtype=np.int64).tolist()
+        return {entry.name: slice(stop - entry.numel, stop) for entry, stop in zip(self.shared, stops, strict=True)}
+
     def flatten(self, state: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         """Shared tensors, by canonical name, as one vector in entry order.
 
@@ -235,10 +241,8 @@ class ParameterManifest:
         """
         check_state(self.shared, state, self.selection.name)
         vector = np.empty(self.shared_size, dtype=np.float32)
-        start = 0
-        for entry in self.shared:
-            vector[start : start + entry.numel] = state[entry.name].ravel()
-            start += entry.numel
+        for name, place in self.places.items():
+            vector[place] = state[name].ravel()
         return vector
 
     def unflatten(self, vector: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float32]]:
@@ -252,11 +256,10 @@ class ParameterManifest:
                 f"selection {self.selection.name!r} shares {self.shared_size} values but the vector has shape "
                 f"{vector.shape}: both ends must use the same selection and model"
             )
-        state, start = {}, 0
-        for entry in self.shared:
-            state[entry.name] = np.array(vector[start : start + entry.numel], dtype=np.float32).reshape(entry.shape)
-            start += entry.numel
-        return state
+        return {
+            entry.name: np.array(vector[self.places[entry.name]], dtype=np.float32).reshape(entry.shape)
+            for entry in self.shared
+        }
 
     def to_json(self) -> str:
         """The manifest as indented JSON, with its layout hash."""

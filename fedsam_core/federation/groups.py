@@ -40,12 +40,10 @@ def tensor_groups(
     """
     places: dict[str, list[NDArray[np.intp]]] = {}
     members: dict[str, tuple[str, ...] | None] = {}
-    start = 0
     for entry in manifest.shared:
-        flat = np.arange(start, start + entry.numel, dtype=np.intp)
-        start += entry.numel
         if entry.kind not in kinds:
             continue
+        flat = _flat(manifest, entry)
         name = entry.group if entry.kind == "whole" else f"{entry.group}.{entry.kind[-1]}"
         for suffix, part, who in _parts(entry, flat, sites, ranks or {}):
             places.setdefault(name + suffix, []).append(part)
@@ -67,15 +65,19 @@ def bands(rank: int, sites: Sequence[str], ranks: Mapping[str, int]) -> list[tup
 def beyond_rank(manifest: ParameterManifest, rank: int) -> NDArray[np.intp]:
     """Places (intp) in the flat vector of the LoRA components that a site of this rank does not have."""
     places: list[NDArray[np.intp]] = [np.empty(0, np.intp)]
-    start = 0
     for entry in manifest.shared:
-        flat = np.arange(start, start + entry.numel, dtype=np.intp).reshape(entry.shape)
-        start += entry.numel
+        table = _flat(manifest, entry).reshape(entry.shape)
         if entry.kind == "lora_A":
-            places.append(flat[rank:].ravel())
+            places.append(table[rank:].ravel())
         elif entry.kind == "lora_B":
-            places.append(flat[:, rank:].ravel())
+            places.append(table[:, rank:].ravel())
     return np.sort(np.concatenate(places))
+
+
+def _flat(manifest: ParameterManifest, entry: ManifestEntry) -> NDArray[np.intp]:
+    """The places of an entry's values."""
+    place = manifest.places[entry.name]
+    return np.arange(place.start, place.stop, dtype=np.intp)
 
 
 def _parts(

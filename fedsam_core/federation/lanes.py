@@ -21,7 +21,7 @@ from fedsam_core.federation.clips import MAGNITUDES, histogram, next_clip
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.groups import Group, tensor_groups
 from fedsam_core.federation.lora_rules import meter_size, product_sizes, summed_kinds
-from fedsam_core.federation.rotation import Rotation, padded_size
+from fedsam_core.federation.rotation import Rotation, block_of, padded_size
 from fedsam_core.federation.tasks import Task
 from fedsam_core.learning.learner import Fit
 from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM, default_threshold
@@ -178,8 +178,8 @@ def private_step(about: Round) -> float:
     config = about.config
     assert config.privacy is not None
     size = parts_of(about, 0)["all"].size
-    padded, block = padded_size(size), Rotation(size, 0).block
-    return privacy.suggest_step(config.privacy, config.bits, len(about.sites), about.minimum, padded, block)
+    sites, padded = len(about.sites), padded_size(size)
+    return privacy.suggest_step(config.privacy, config.bits, sites, about.minimum, padded, block_of(size))
 
 
 def accountant(about: Round) -> privacy.Accountant:

@@ -26,7 +26,6 @@ down, `product-dense` out times in. All work with any set of survivors.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,25 +107,16 @@ class LoraLayer:
         return min(self.rank + config.oversampling, self.inner, self.outer)
 
 
-@lru_cache(maxsize=8)
-def _layers(shared: tuple[ManifestEntry, ...]) -> tuple[LoraLayer, ...]:
-    places: dict[str, tuple[ManifestEntry, slice]] = {}
-    start = 0
-    for entry in shared:
-        places[entry.name] = entry, slice(start, start + entry.numel)
-        start += entry.numel
-    found = []
-    for name, (a, a_place) in places.items():
-        if a.kind == "lora_A":
-            module = name.removesuffix(".lora_A.weight")
-            b, b_place = places[f"{module}.lora_B.weight"]
-            found.append(LoraLayer(module, a.group, a, b, a_place, b_place))
-    return tuple(found)
-
-
 def lora_layers(manifest: ParameterManifest) -> tuple[LoraLayer, ...]:
     """The layers with LoRA, in the manifest's order."""
-    return _layers(manifest.shared)
+    entries, places = {entry.name: entry for entry in manifest.shared}, manifest.places
+    found = []
+    for name, a in entries.items():
+        if a.kind == "lora_A":
+            module = name.removesuffix(".lora_A.weight")
+            b = entries[f"{module}.lora_B.weight"]
+            found.append(LoraLayer(module, a.group, a, b, places[name], places[b.name]))
+    return tuple(found)
 
 
 def product_sizes(config: FederationConfig, manifest: ParameterManifest, stage: int) -> dict[str, int]:

@@ -39,7 +39,7 @@ class Rotation:
 
     def __init__(self, size: int, *seed: str | int) -> None:
         self.size = size
-        self.block = _block(size)
+        self.block = block_of(size)
         self.padded = padded_size(size)
         # The transform's norm is sqrt(block): taken back here, where a multiplication is due anyway.
         self._signs = signs(self.padded, "rotation", *seed)
@@ -83,10 +83,11 @@ class Rotation:
 
 def padded_size(size: int) -> int:
     """Values of a rotated vector of `size` values."""
-    return -(-size // (block := _block(size))) * block
+    return -(-size // (block := block_of(size))) * block
 
 
-def _block(size: int) -> int:
+def block_of(size: int) -> int:
+    """Values that are mixed with one another in a vector of `size` values."""
     block = LARGEST_BLOCK
     while -size % block > _PADDING * size:
         block //= 2

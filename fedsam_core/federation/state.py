@@ -42,7 +42,7 @@ class GlobalState:
     @cached_property
     def hash(self) -> str:
         """SHA-256 (hex) over layout and values; without control variates that of `state_hash`."""
-        plain = state_hash(self.manifest, self.tensors)
+        plain = _vector_hash(self.manifest, self.vector)
         if self.control is None:
             return plain
         return hashlib.sha256(plain.encode() + self.control.tobytes()).hexdigest()
@@ -131,9 +131,11 @@ def unpack_state(manifest: ParameterManifest, data: bytes) -> dict[str, Array]:
 
 def state_hash(manifest: ParameterManifest, state: Mapping[str, Array]) -> str:
     """SHA-256 (hex) over the layout hash and the float32 values in entry order: equal only for bit-equal states."""
-    digest = hashlib.sha256(manifest.layout_hash.encode())
-    digest.update(np.ascontiguousarray(manifest.flatten(state)).tobytes())
-    return digest.hexdigest()
+    return _vector_hash(manifest, manifest.flatten(state))
+
+
+def _vector_hash(manifest: ParameterManifest, vector: np.ndarray[Any, np.dtype[np.float32]]) -> str:
+    return hashlib.sha256(manifest.layout_hash.encode() + vector.tobytes()).hexdigest()
 
 
 def weights_hash(segmenter: SamSegmenter, manifest: ParameterManifest) -> str:

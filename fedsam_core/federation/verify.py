@@ -414,7 +414,7 @@ class _Replay:
         return bytes.fromhex(values) if values is not None else self.stored.read_sum(entry["sequence"])
 
     def _lanes(self, entry: Entry) -> dict[str, NDArray[np.float64]]:
-        layout, packed = VectorLayout.from_dict(entry["layout"]), self.packed(entry)
+        layout, packed = self._layout(entry), self.packed(entry)
         if packed is None:
             raise _Wrong(f"entry {entry['sequence']}: its sum is missing")
         return decode_sum(layout, unpack(layout, packed), entry["contributors"])
