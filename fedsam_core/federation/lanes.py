@@ -12,6 +12,7 @@ step suits all its values. What is beyond a clip is cut, and how much that was i
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,7 @@ class Round:
     classes: int
     config: FederationConfig
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, Group]:
         """The values that are summed one by one."""
         kinds = summed_kinds(self.config, self.number)

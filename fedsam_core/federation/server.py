@@ -38,7 +38,7 @@ from fedsam_core.federation.lora_rules import (
     unfold,
 )
 from fedsam_core.federation.products import estimate_norm
-from fedsam_core.federation.state import GlobalState, pack_changes
+from fedsam_core.federation.state import GlobalState, first_state, pack_changes
 from fedsam_core.federation.strategies import ServerStrategy
 from fedsam_core.federation.tasks import Task
 from fedsam_core.secagg.layout import VectorLayout
@@ -98,8 +98,7 @@ class Server:
         """`about` is round 1; `state` the shared values before it."""
         self._first = about
         manifest, config = about.manifest, about.config
-        control = np.zeros(manifest.shared_size, np.float32) if config.scaffold else None
-        self.state = GlobalState(manifest, manifest.flatten(state), control)
+        self.state = first_state(manifest, state, config.scaffold)
         self.clips: dict[str, float] = {}
         self.residual = np.zeros(manifest.shared_size)
         self.strategy = ServerStrategy(config.strategy, manifest.shared_size)

@@ -41,7 +41,7 @@ from fedsam_core.federation.lora_rules import (
 from fedsam_core.federation.memory import SiteMemory
 from fedsam_core.federation.privacy import secret_rng
 from fedsam_core.federation.server import take_step, unpack_basis
-from fedsam_core.federation.state import GlobalState, apply_changes, unpack_global, weights_hash
+from fedsam_core.federation.state import GlobalState, apply_changes, first_state, unpack_global, weights_hash
 from fedsam_core.federation.summing import SummingSite, SumSpec
 from fedsam_core.federation.tasks import Task, sum_hash
 from fedsam_core.hashing import derive_seed, stable_hash
@@ -171,12 +171,10 @@ class FederatedSite(SummingSite):
         dataset = SliceDataset(train, spec.model.image_size, spec.slices)
         learner = Learner(spec.site, segmenter, manifest, dataset, spec.learning, device)
         frozen = weights_hash(segmenter, manifest)
-        folder = spec.federation.site_dir.expanduser() / spec.run / spec.site
-        memory = SiteMemory(folder if self._keeps else None, manifest.layout_hash)
+        memory = SiteMemory(self._folder if self._keeps else None, manifest.layout_hash)
         self._opened = OpenSite(prepared, manifest, learner, spec.settings_hash(frozen, roster_hash), memory)
         # Drawn alike by all: whoever starts from it need not be sent it.
-        control = np.zeros(manifest.shared_size, np.float32) if spec.federation.scaffold else None
-        self._held = GlobalState(manifest, manifest.flatten(shared_state(segmenter, manifest)), control)
+        self._held = first_state(manifest, shared_state(segmenter, manifest), spec.federation.scaffold)
         return {
             "identity": self._identity.public.hex(),
             "layout_hash": manifest.layout_hash,
@@ -274,6 +272,11 @@ class FederatedSite(SummingSite):
         if self._opened is None:
             raise RoundError(f"site {self.spec.site} is not open (it may have been restarted)")
         return self._opened
+
+    @property
+    def _folder(self) -> Path:
+        """Where this site keeps what never leaves it."""
+        return self.spec.federation.site_dir.expanduser() / self.spec.run / self.spec.site
 
     @property
     def _keeps(self) -> bool:
@@ -391,7 +394,6 @@ class FederatedSite(SummingSite):
             site.learner.fit(state.tensors, 1, 1, derive_seed(spec.seed, "personal"), own)
         else:
             site.learner.load(state.tensors, assignment)
-        folder = spec.federation.site_dir.expanduser() / spec.run / spec.site / "adapter"
         cohort = site.prepared.cohort
         card = describe(
             site.learner.segmenter,
@@ -407,7 +409,7 @@ class FederatedSite(SummingSite):
             slices=spec.slices,
             precision=spec.learning.precision,
         )
-        save_adapter(site.learner.segmenter, site.manifest, folder, card)
+        save_adapter(site.learner.segmenter, site.manifest, self._folder / "adapter", card)
 
     def _lanes(self, task: Task, round_number: int) -> VectorLayout:
         return layout_of(task, self._round(round_number))

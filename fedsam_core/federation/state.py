@@ -48,6 +48,12 @@ class GlobalState:
         return hashlib.sha256(plain.encode() + self.control.tobytes()).hexdigest()
 
 
+def first_state(manifest: ParameterManifest, state: Mapping[str, Array], scaffold: bool) -> GlobalState:
+    """The global state before the first round, from the shared values; control variates begin at zero."""
+    control = np.zeros(manifest.shared_size, np.float32) if scaffold else None
+    return GlobalState(manifest, manifest.flatten(state), control)
+
+
 def pack_global(state: GlobalState) -> bytes:
     """The whole state, for a site that holds no earlier one."""
     extra = {} if state.control is None else {_CONTROL: state.control}
