@@ -1,6 +1,6 @@
 """What a run sends, in bytes of real messages: every preset x LoRA rule x ring, beside full fine-tuning in fp32.
 
-    python benchmarks/bytes.py --json                                    # all rows; half an hour, 6 GB
+    python benchmarks/bytes.py --json --keep rows.jsonl                  # all rows; two hours, 13 GB; goes on where it was
     python benchmarks/bytes.py --preset flap --rule rolora --bits 8      # one row
     python benchmarks/bytes.py --preset flap --rule rolora --bits 8 --all-rounds
 
@@ -10,8 +10,9 @@ result. Only the training is not done: sites draw their updates from a normal di
 its length does not depend on the values. What goes down does, and normal values are long to code: at 8 bits they take
 6.6 bits each, where steps of real training took 4.0 to 4.8.
 
-Rounds repeat: the first has the histograms of unknown clips, even and odd ones differ under rolora. So four rounds are
-run, and bytes of 25 are those of rounds 1 and 2, and rounds 3 and 4 as often as they come; `--all-rounds` runs all 25.
+Rounds repeat: the first has the histograms of unknown clips, even and odd ones differ under rolora. So two rounds are
+run, four of rolora, and bytes of 25 are the first ones' and the last one's, or last two's, as often as they come;
+`--all-rounds` runs all 25.
 `bits` goes with broadcast_bits 32 for 32, 24 and 20, else with the same. `ratio` is bytes of full fine-tuning in fp32
 (the first row) over the row's. Presets without LoRA have one rule.
 """
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--rule", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
     parser.add_argument("--all-rounds", action="store_true", help="run all 25")
+    parser.add_argument("--keep", type=Path, help="file of finished rows: what it has is not measured again")
     options = parser.parse_args()
     asked = [
         (name, rule, bits)
@@ -83,15 +85,32 @@ def main() -> None:
         for bits in options.bits
         if rule == "factors" or PRESETS[name].lora is not None
     ]
+    kept = read_rows(options.keep, options.all_rounds)
     with TemporaryDirectory() as folder:
         prepared = tiny_cohort(Path(folder))
-        full = measure(prepared, *BASELINE, all_rounds=False)
-        rows = [full] if BASELINE in asked else []
-        for number, key in enumerate(one for one in asked if one != BASELINE):
-            print(f"{number + 1} of {len(asked)}: {' '.join(map(str, key))}", file=sys.stderr, flush=True)
-            rows.append(measure(prepared, *key, all_rounds=options.all_rounds))
+        # The largest last: they take ten minutes and 13 GB each.
+        missing = [key for key in sorted({*asked, BASELINE}, key=_size) if key not in kept]
+        for number, key in enumerate(missing, start=1):
+            print(f"{number} of {len(missing)}: {' '.join(map(str, key))}", file=sys.stderr, flush=True)
+            kept[key] = measure(prepared, *key, all_rounds=options.all_rounds)
+            if options.keep is not None:
+                with options.keep.open("a") as rows_file:
+                    rows_file.write(json.dumps(kept[key]) + "\n")
+    full, rows = kept[BASELINE], [kept[key] for key in asked]
     rows = [row | {"ratio": full["bytes_total"] / row["bytes_total"]} for row in rows]
     print(json.dumps(rows, indent=1) if options.json else table(rows))
+
+
+def read_rows(file: Path | None, all_rounds: bool) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Rows that were finished before, by what they are of."""
+    if file is None or not file.exists():
+        return {}
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {(r["preset"], r["rule"], r["bits"]): r for r in rows if (r["rounds_run"] == ROUNDS) == all_rounds}
+
+
+def _size(key: tuple[str, str, int]) -> tuple[bool, bool, str]:
+    return key[0] == "full", key[0] == "attention", key[0]
 
 
 def tiny_cohort(folder: Path) -> PreparedCohort:
@@ -127,7 +146,8 @@ def measure(prepared: PreparedCohort, name: str, rule: str, bits: int, all_round
     federation = Federation(InProcessEngine(sites), spec, manifest, CLASSES, frozen)
     federation.open(shared_state(first._site.learner.segmenter, manifest))
     weight, ledger = federation.total_weight(), federation.ledger
-    run = range(1, (ROUNDS if all_rounds else 4) + 1)
+    cycle = 2 if rule == "rolora" else 1  # rounds until one is like an earlier one
+    run = range(1, (ROUNDS if all_rounds else 2 * cycle) + 1)
     for number in run:
         federation.train(number, weight)
     federation.score("test", ROUNDS)
@@ -136,8 +156,7 @@ def measure(prepared: PreparedCohort, name: str, rule: str, bits: int, all_round
         # What goes down in a round is the step of the one before: the last one's comes with the scores.
         sums = [ledger.total(direction, number, "update") + ledger.total(direction, number, "mag") for number in run]
         rest = ledger.total(direction) - sum(sums)
-        odd, even = sums[2], sums[-1] if not all_rounds else 0
-        more = 0 if all_rounds else sum(odd if number % 2 else even for number in range(5, ROUNDS + 1))
+        more = sum(sums[len(run) - cycle + (number - 1) % cycle] for number in range(len(run) + 1, ROUNDS + 1))
         return int(rest + sum(sums) + more)
 
     up, down = whole_run("up"), whole_run("down")
