@@ -1,6 +1,6 @@
 """What a run sends, in bytes of real messages: every preset x LoRA rule x ring, beside full fine-tuning in fp32.
 
-    python benchmarks/bytes.py --json --keep rows.jsonl                  # all rows; two hours, 13 GB; goes on where it was
+    python benchmarks/bytes.py --json --keep rows.jsonl                  # all rows; two hours, 13 GB; resumable
     python benchmarks/bytes.py --preset flap --rule rolora --bits 8      # one row
     python benchmarks/bytes.py --preset flap --rule rolora --bits 8 --all-rounds
 
