@@ -1,6 +1,6 @@
 """What a trial of a study gave, as one small JSON file: the only thing that tables, atlas and report are made from.
 
-A study keeps its files under `studies/NAME/` of the results store (`<work_dir>` unless `storage.results` says otherwise):
+A study keeps its files under `studies/NAME/` of the results store (`work_dir` unless `storage.results` says otherwise):
 
 about.json        name, cohort, classes, sites, the command and the hashes that made it
 study.yaml        the study file, resolved              trials/ID.json  a `TrialResult`, written when the trial ends
@@ -40,7 +40,7 @@ class TrialResult(Settings):
     bytes_down: int = 0
     curve: tuple[tuple[int, float | None], ...] = Field((), description="(round, validation Dice); round 0 is before")
     before: dict[str, Any] = Field({}, description="as `test`, before the first round")
-    test: dict[str, Any] = {}
+    test: dict[str, Any] = Field({}, description="after the last round")
     cross: dict[str, dict[str, float | None]] = Field(
         {}, description="kind local: Dice of each site's model (outer key) on each site's test cases"
     )
@@ -106,7 +106,8 @@ def read_about(store: Store, study: str) -> StudyAbout:
     """
     if not store.exists(about_key(study)):
         known = sorted({key.split("/")[1] for key in store.list("studies/") if key.endswith("/about.json")})
-        raise ConfigError(f"no study {study} in {store.url}: there is {', '.join(known) or 'none; run `fedsam ablate`'}")
+        there_is = ", ".join(known) or "none; run `fedsam ablate`"
+        raise ConfigError(f"no study {study} in {store.url}: there is {there_is}")
     try:
         return StudyAbout.model_validate_json(store.read_bytes(about_key(study)))
     except ValidationError as error:
