@@ -10,6 +10,7 @@ COMMANDS = {
     "selections": "what each layer selection trains and sends",
     "data": "check a folder of scans: sites, cases, spacings, and everything that is wrong",
     "prepare": "read and check every scan, and store it ready for training",
+    "ablate": "many layer selections over one cohort: a study, its trials, its table",
     "federate": "train adapter layers across sites; only the masked sum is opened",
     "evaluate": "segment and score a cohort with a trained adapter",
     "predict": "a mask for a scan, or for every scan of a folder: NIfTI or DICOM",

@@ -138,7 +138,7 @@ def load_config(source: str | None, overrides: list[str] | None = None) -> Confi
     Raises:
         ConfigError: a file that is missing or no YAML, an unknown key, a wrong value; names the key and the fix.
     """
-    tree = _read(source) if source else {}
+    tree = read_tree(configs().get(source, Path(source)), f"experiments {', '.join(configs())}") if source else {}
     for override in overrides or []:
         _apply(tree, override)
     _absolute_paths(tree)
@@ -158,7 +158,7 @@ def configs() -> dict[str, Path]:
 
 def as_overrides(config: Config) -> list[str]:
     """The overrides that make this configuration from nothing, for a process that shares no files with this one."""
-    return [f"{key}={_inline(value)}" for key, value in flatten(_differences(config)).items()]
+    return [f"{key}={inline(value)}" for key, value in flatten(_differences(config)).items()]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -183,7 +183,7 @@ def describe(
         if nested is not None and nested is not LayerSelection:
             rows += describe(nested, f"{prefix}{name}.", "unset" if field.default is None else "required")
         else:
-            default = required if field.is_required() else _inline(field.get_default(call_default_factory=True))
+            default = required if field.is_required() else inline(field.get_default(call_default_factory=True))
             rows.append((prefix + name, default, field.description or ""))
     return rows
 
@@ -198,15 +198,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(source: str) -> dict[str, Any]:
-    known = configs()
-    path = known.get(source, Path(source))
+def read_tree(path: Path, committed: str) -> dict[str, Any]:
+    """A YAML file of keys; `committed` says what there is instead where it does not exist.
+
+    Raises:
+        ConfigError: no such file, or it is no YAML, or holds no keys.
+    """
     try:
         tree = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"no configuration {source}: give a YAML file, or one of the experiments {', '.join(known)}"
-        ) from error
+        raise ConfigError(f"no configuration {path}: give a YAML file, or one of the {committed}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if tree is None:
@@ -288,8 +289,8 @@ def _differences(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_unset=True)
 
 
-def _inline(value: Any) -> str:
-    """A value as YAML on one line."""
+def inline(value: Any) -> str:
+    """A value as YAML on one line, as an override has it."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     if isinstance(value, Path):

@@ -1,19 +1,20 @@
 """Stage `federate`: sites train adapter layers in rounds; only the masked sum of their updates is ever opened."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
+from types import MappingProxyType
 from typing import Any
 
 import fedsam_core
 from cluster.driver import drive
 from cluster.placement import cluster_nodes, plan, preflight
 from cluster.session import ray_session
-from cluster.site import create_sites
+from cluster.site import SitePool, create_sites
 from cluster.tracking import Tracking
 from fedsam_core.errors import ClusterError, ConfigError
 from fedsam_core.federation.engine import Engine, describe_failure, in_process
@@ -69,31 +70,40 @@ def check(config: Config) -> None:
     Tracking(config.tracking, config.work_dir).check()
 
 
+def check_sites(config: Config, sites: Sequence[str]) -> None:
+    """Finds out whether these sites can make a federation.
+
+    Raises:
+        FedsamError: they are too few for a secure sum, or the configuration or the roster does not fit them.
+    """
+    if len(sites) < SMALLEST_PRIVATE_SUM and config.federation.secure_sum == "masked":
+        raise ConfigError(
+            f"cohort {config.cohort.name} has {len(sites)} sites, but a secure sum needs at least "
+            f"{SMALLEST_PRIVATE_SUM} sites, as a sum of two shows each the other's update: add a site, or set "
+            "federation.secure_sum=plain"
+        )
+    if unknown := sorted(set(config.federation.site_ranks) - set(sites)):
+        raise ConfigError(
+            f"federation.site_ranks names {unknown[0]}, which is no site of cohort {config.cohort.name}: its sites are "
+            f"{', '.join(sites)}"
+        )
+    if config.federation.roster is not None:
+        roster = read_roster(config.federation.roster)
+        for site in sites:
+            roster.key(site)  # a site that it does not list is an error now, not when all models are loaded
+
+
 def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
     """Runs a federation on the configured engine; with Ray, within a `ray_session`.
 
     Raises:
         FedsamError: what is wrong, in one line; nothing half-written is left under a final name.
     """
-    if len(cohort.sites) < SMALLEST_PRIVATE_SUM and config.federation.secure_sum == "masked":
-        raise ConfigError(
-            f"cohort {config.cohort.name} has {len(cohort.sites)} sites, but a secure sum needs at least "
-            f"{SMALLEST_PRIVATE_SUM} sites, as a sum of two shows each the other's update: add a site, or set "
-            "federation.secure_sum=plain"
-        )
-    if unknown := sorted(set(config.federation.site_ranks) - set(cohort.sites)):
-        raise ConfigError(
-            f"federation.site_ranks names {unknown[0]}, which is no site of cohort {config.cohort.name}: its sites are "
-            f"{', '.join(cohort.sites)}"
-        )
-    if config.federation.roster is not None:
-        roster = read_roster(config.federation.roster)
-        for site in cohort.sites:
-            roster.key(site)  # a site that it does not list is an error now, not when all models are loaded
+    check_sites(config, cohort.sites)
     # The driver is told names and hashes; which cases there are, and how many slices, stays with the sites.
     cohort = replace(cohort, described=cohort.described.model_copy(update={"problems": ()}))
     if config.engine.kind == "in-process":
-        return run_federation(config, cohort, lambda specs: in_process(specs, _site_factory(config)), emit)
+        return run_federation(config, cohort, lambda specs: in_process(specs, site_factory(config)), emit)
     preflight(cohort.sites, cluster_nodes(), config.engine.site)
     tracked: list[str] = []
 
@@ -102,7 +112,7 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
         emit(event)
 
     try:
-        result: Outcome = drive(partial(run_federation, config, cohort, partial(_ray_engine, config)), look_on)
+        result: Outcome = drive(partial(run_federation, config, cohort, partial(ray_engine, config, None)), look_on)
     except (KeyboardInterrupt, SystemExit, ClusterError) as error:
         # The driver is gone and cannot close its MLflow run itself.
         for run_id in tracked:
@@ -111,8 +121,15 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
     return result
 
 
-def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine, emit: Emit) -> Outcome:
-    """The run itself: wherever this executes is the driver."""
+def run_federation(
+    config: Config,
+    about: PreparedSites,
+    open_engine: OpenEngine,
+    emit: Emit,
+    parent: str | None = None,
+    more_tags: Mapping[str, str] = MappingProxyType({}),
+) -> Outcome:
+    """The run itself: wherever this executes is the driver. `parent` is the MLflow run of the study it belongs to."""
     cohort = about.described
     segmenter, manifest, state = initial_model(config, len(cohort.classes))
     config_hash = config.science_hash(about.hash)
@@ -130,13 +147,14 @@ def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine
         devices = ", ".join(sorted({site["device"] for site in federation.sites.values()}))
         emit(Event(f"sites are open on {devices}; sums are {config.federation.secure_sum}"))
         tags = {
+            **more_tags,
             **run_tags(config, about, manifest, segmenter, config_hash),
             "fedsam.device": devices,
             "fedsam.precision": next(site["precision"] for site in federation.sites.values()),
         }
         tracking = Tracking(config.tracking, config.work_dir)
         settled = config.model_copy(update={"preprocess": about.config})  # what a cohort left open, by its value
-        with tracking.start(run_id, run_params(settled), tags) as tracker:
+        with tracking.start(run_id, run_params(settled), tags, parent) as tracker:
             emit(
                 Event(f"MLflow run {tracker.run_id} in experiment {config.tracking.experiment}", tracked=tracker.run_id)
             )
@@ -264,12 +282,13 @@ def _print(bars: console.Bars, event: Event) -> None:
         bars("rounds", event.done, event.total)
 
 
-def _ray_engine(config: Config, specs: Sequence[SiteSpec]) -> Engine:
+def ray_engine(config: Config, pool: SitePool | None, specs: Sequence[SiteSpec]) -> Engine:
+    """The sites as Ray actors; those of `pool`, if it has them."""
     placed = plan([spec.site for spec in specs], cluster_nodes(), config.engine.site)
-    return create_sites(specs, placed, _site_factory(config))
+    return create_sites(specs, placed, site_factory(config), pool=pool)
 
 
-def _site_factory(config: Config) -> Callable[[SiteSpec], FederatedSite]:
+def site_factory(config: Config) -> Callable[[SiteSpec], FederatedSite]:
     return partial(FederatedSite, open_store=store_opener(config))
 
 

@@ -1,8 +1,8 @@
 """Writes what a federation gives, while it runs: to its folder, to MLflow, and to whoever looks on."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -29,12 +29,14 @@ class Event:
         text: a line for the log.
         done, total: rounds that are finished, of how many.
         tracked: id of the MLflow run, told once: whoever looks on closes that run should the driver be killed.
+        numbers: of the round that has just been done: "dice" on the validation cases, "bytes_up", "bytes_down" so far.
     """
 
     text: str
     done: int = 0
     total: int = 0
     tracked: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 Emit = Callable[[Event], None]
@@ -50,6 +52,8 @@ class Outcome:
         before, after: Dice on the test cases, before the first and after the last round: "dice" and "per_class" over
             all sites, from the masked sum; "per_site", "macro_dice" and "cases" from the sites that tell.
         bytes_up, bytes_down: serialized messages of a training round, mean over rounds, all sites together.
+        total_up, total_down: of the whole run, scoring included.
+        curve: (round, validation Dice), round 0 before the first.
         trained: parameters trained and sent.
         rounds: how many.
         minutes: from the first to the last score.
@@ -63,6 +67,9 @@ class Outcome:
     after: dict[str, Any]
     bytes_up: float
     bytes_down: float
+    total_up: int
+    total_down: int
+    curve: tuple[tuple[int, float | None], ...]
     trained: int
     rounds: int
     minutes: float
@@ -94,6 +101,7 @@ class Recorder:
         self._rounds: list[dict[str, Any]] = []
         self._layers: list[dict[str, Any]] = []  # a row a round and layer with LoRA
         self._epsilon: float | None = None
+        self._curve: list[tuple[int, float | None]] = []
         self._recorded = 0  # lines of the record that are in its file
         self._started = monotonic()
 
@@ -105,6 +113,7 @@ class Recorder:
         self._folder.write("initial.safetensors", pack_state(self._federation.manifest, self._state()))
         self.keep_record()
         self._tracker.log_round(0, self._validation_metrics(validation))
+        self._curve.append((0, _known(validation.mean_dice)))
         self._emit(
             Event(f"before training: test Dice {_number(self._before['dice'])}", 0, self._config.federation.rounds)
         )
@@ -156,10 +165,14 @@ class Recorder:
             self._emit(Event(f"round {report.round}: an attempt failed and was repeated with fresh keys ({why})"))
         for site, why in report.lost.items():
             self._emit(Event(f"round {report.round}: went on without {site} ({why})"))
+        numbers = {"bytes_up": float(ledger.total("up")), "bytes_down": float(ledger.total("down"))}
+        if report.validation is not None:
+            self._curve.append((report.round, _known(report.validation.mean_dice)))
+            numbers |= {} if math.isnan(report.validation.mean_dice) else {"dice": report.validation.mean_dice}
         dice = "" if report.validation is None else f" validation Dice {_number(report.validation.mean_dice)},"
         loss = "" if math.isnan(report.loss) else f" loss {report.loss:.3f},"
         line = f"round {report.round}:{loss}{dice} {sum(report.seconds.values()):.0f} s"
-        self._emit(Event(line, report.round, self._config.federation.rounds))
+        self._emit(Event(line, report.round, self._config.federation.rounds, numbers=numbers))
 
     def finish(self, segmenter: SamSegmenter, test: Scores, personal: Scores | None, ui: str) -> Outcome:
         """After the last round: adapter, scores, pictures, and the outcome."""
@@ -197,6 +210,9 @@ class Recorder:
             after=after,
             bytes_up=sum(up for up, _ in training) / len(training),
             bytes_down=sum(down for _, down in training) / len(training),
+            total_up=federation.ledger.total("up"),
+            total_down=federation.ledger.total("down"),
+            curve=tuple(self._curve),
             trained=federation.manifest.trainable,
             rounds=config.federation.rounds,
             minutes=(monotonic() - self._started) / 60,
