@@ -205,6 +205,9 @@ class _Listener(tune.Callback):
         self._on_round, self._on_end = on_round, on_end
         self._told: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a copy of itself on disk, where a study's own listeners are of no use
+
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         name = trial.config["trial"]
         told = self._told.setdefault(name, [])
