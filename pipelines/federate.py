@@ -66,7 +66,7 @@ def check(config: Config) -> None:
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
     roster_tag(config)  # a roster that cannot be read
-    Tracking(config.tracking, config.work_dir).check()
+    open_tracking(config).check()
 
 
 def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
@@ -106,7 +106,7 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
     except (KeyboardInterrupt, SystemExit, ClusterError) as error:
         # The driver is gone and cannot close its MLflow run itself.
         for run_id in tracked:
-            Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
+            open_tracking(config).end(run_id, "KILLED", describe_failure(error))
         raise
     return result
 
@@ -134,7 +134,7 @@ def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine
             "fedsam.device": devices,
             "fedsam.precision": next(site["precision"] for site in federation.sites.values()),
         }
-        tracking = Tracking(config.tracking, config.work_dir)
+        tracking = open_tracking(config)
         settled = config.model_copy(update={"preprocess": about.config})  # what a cohort left open, by its value
         with tracking.start(run_id, run_params(settled), tags) as tracker:
             emit(
@@ -154,6 +154,11 @@ def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine
                 recorder.keep_record()  # of what failed, too
     finally:
         engine.close()
+
+
+def open_tracking(config: Config) -> Tracking:
+    """Where MLflow runs go; nothing is contacted yet."""
+    return Tracking(config.tracking, config.work_dir, config.storage.s3_endpoint)
 
 
 def initial_model(config: Config, classes: int) -> tuple[SamSegmenter, ParameterManifest, State]:
