@@ -29,6 +29,7 @@ from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
+from pipelines.commits import RunCommits, check_results, results_store
 from pipelines.config import Config, flatten
 from pipelines.prepare import prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder
@@ -67,6 +68,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
     roster_tag(config)  # a roster that cannot be read
     open_tracking(config).check()
+    if config.storage.results is not None:
+        check_results(results_store(config))
 
 
 def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
@@ -141,7 +144,9 @@ def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine
                 Event(f"MLflow run {tracker.run_id} in experiment {config.tracking.experiment}", tracked=tracker.run_id)
             )
             folder = RunFolder(config.work_dir / "runs" / run_id)
-            recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config)
+            kept = config.storage.results is not None
+            commits = RunCommits(results_store(config), folder.path, run_id) if kept else None
+            recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config, commits)
             try:
                 recorder.begin(federation.score("test", 0), federation.score("val", 0))
                 run_rounds(federation, recorder.after_round)
