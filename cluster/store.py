@@ -194,7 +194,7 @@ class S3Store:
         """Reason and fix. s3fs turns most answers of the server into OSErrors and keeps the original as their cause."""
         server = self._endpoint or "Amazon S3"
         cause = error if isinstance(error, ClientError) else error.__cause__
-        code, _ = _answer(error)
+        code, status = _answer(error)
         if isinstance(error, NoCredentialsError):
             return "cannot be used without keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         if code == "NoSuchBucket" or "bucket does not exist" in str(error):
@@ -208,6 +208,8 @@ class S3Store:
             return f"cannot be written (404 from {server}): check that the endpoint is an S3 server"
         if isinstance(error, FileNotFoundError):
             return "is not there: check the key, or write it first"
+        if status >= 500:
+            return f"failed ({code}, status {status}) at {server}: see the server's log"
         if isinstance(error, BotoCoreError | OSError | aiohttp.ClientError):
             kind = type(cause or error).__name__
             return f"cannot be reached ({kind} at {server}): check the endpoint and that the server runs"

@@ -8,14 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
+from s3fs.errors import translate_boto_error
 
 from cluster.store import S3Store, open_store
 from cluster.tracking import Tracking, TrackingConfig
 from fedsam_core.errors import RoundError, StoreError
 from fedsam_core.federation.site import FederatedSite
 from fedsam_core.store import LocalStore
-from pipelines import federate, verify
+from pipelines import federate, prepare, verify
 from pipelines.commits import RunCommits, check_results, fetch_run, round_place
+from pipelines.stage import Stage
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -89,6 +92,32 @@ def test_patience_has_an_end_and_a_refusal_is_told_at_once(s3_server, free_port,
         open_store(f"s3://{s3_server.bucket}", s3_server.endpoint).write_bytes("a", b"x")
     assert "wrong-key" not in str(error.value)
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "again"),
+    [
+        ("InternalError", 500, True),
+        ("SlowDown", 503, True),
+        ("ConditionalRequestConflict", 409, True),  # two wrote at once: S3 asks to repeat it
+        ("NoSuchUpload", 404, True),  # the server forgot our multipart upload
+        ("NotImplemented", 501, False),
+        ("NoSuchBucket", 404, False),
+        ("AccessDenied", 403, False),
+    ],
+)
+def test_which_answers_are_worth_another_try(monkeypatch, s3_keys, code, status, again):
+    store, asked = open_store("s3://bucket", "http://127.0.0.1:9", patience=1), []
+
+    def refused(*args, **options):
+        asked.append(args)
+        answer = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        raise translate_boto_error(ClientError(answer, "PutObject"))
+
+    monkeypatch.setattr(store._filesystem(), "pipe_file", refused)
+    with pytest.raises(StoreError, match="s3://bucket/a "):
+        store.write_bytes("a", b"x")
+    assert (len(asked) > 1) == again
 
 
 def test_a_server_killed_in_the_middle_of_an_upload(seaweed, tmp_path):
@@ -251,8 +280,8 @@ def test_rounds_wait_for_a_store_that_is_away(tmp_path, monkeypatch):
     assert (tmp_path / "mended" / "record.jsonl").read_bytes() == b"".join(line + b"\n" for line in LINES[:5])
 
 
-def federation(tmp_path: Path, server, *overrides: str) -> int:
-    """A small run of phantoms with all it keeps in a bucket; its exit status."""
+def run_stage(stage: Stage, tmp_path: Path, server, *overrides: str) -> int:
+    """A stage on small phantoms, with all that it keeps in a bucket; its exit status."""
     bucket = f"s3://{server.bucket}/{tmp_path.name}"
     settings = ["name=small", f"work_dir={tmp_path / 'work'}", "cohort.name=small", "cohort.source=phantom"]
     settings += ["cohort.phantom.cases_per_site=4", "cohort.phantom.test_per_site=1"]
@@ -261,7 +290,7 @@ def federation(tmp_path: Path, server, *overrides: str) -> int:
     settings += [f"storage.prepared={bucket}/cohorts", f"storage.results={bucket}/results"]
     settings += [f"storage.s3_endpoint={server.endpoint}", f"tracking.artifact_root={bucket}/mlflow"]
     with pytest.raises(SystemExit) as ended:
-        federate.STAGE.main([*settings, *overrides])
+        stage.main([*settings, *overrides])
     return int(ended.value.code or 0)
 
 
@@ -273,13 +302,13 @@ def test_a_server_killed_in_the_middle_of_a_round(seaweed, tmp_path, monkeypatch
         fitted.append(self)
         if len(fitted) == 4:  # round 2 has begun
             seaweed.kill()
-            restarts.append(threading.Timer(5, seaweed.start))
+            restarts.append(threading.Timer(15, seaweed.start))
             restarts[0].start()
         return fit(self, *args, **options)
 
     monkeypatch.setattr(FederatedSite, "fit", killing)
     try:
-        status = federation(tmp_path, seaweed.server)
+        status = run_stage(federate.STAGE, tmp_path, seaweed.server)
     finally:
         for restart in restarts:
             restart.join()
@@ -302,26 +331,27 @@ def test_a_server_killed_in_the_middle_of_a_round(seaweed, tmp_path, monkeypatch
 
 
 def test_a_flipped_byte_in_a_shard(s3_server, tmp_path, capsys):
-    assert federation(tmp_path, s3_server, "federation.rounds=1") == 0
+    assert run_stage(prepare.STAGE, tmp_path, s3_server) == 0
     store = open_store(f"s3://{s3_server.bucket}/{tmp_path.name}/cohorts", s3_server.endpoint)
     key = next(key for key in store.list() if "/site-b/cases/" in key)
     data = store.read_bytes(key)
     store.write_bytes(key, data[:-1] + bytes([data[-1] ^ 1]))
     capsys.readouterr()
-    assert federation(tmp_path, s3_server, "federation.rounds=1") == 2
+    assert run_stage(federate.STAGE, tmp_path, s3_server) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "site site-b" in said
     assert f"{store.url}/{key}: the prepared case is damaged" in said
     assert "delete it and run prepare again" in said
     store.delete(key)
-    assert federation(tmp_path, s3_server, "federation.rounds=1") == 0
+    assert run_stage(prepare.STAGE, tmp_path, s3_server) == 0
+    assert store.read_bytes(key) == data
 
 
 def test_results_that_cannot_be_kept_are_told_before_anything_is_read(s3_server, tmp_path, capsys, monkeypatch):
-    assert federation(tmp_path, s3_server, "storage.results=s3://no-such-bucket/results") == 2
+    assert run_stage(federate.STAGE, tmp_path, s3_server, "storage.results=s3://no-such-bucket/results") == 2
     assert "no bucket no-such-bucket" in capsys.readouterr().err
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-key")
-    assert federation(tmp_path, s3_server, "tracking.artifact_root=null") == 2
+    assert run_stage(federate.STAGE, tmp_path, s3_server, "tracking.artifact_root=null") == 2
     said = capsys.readouterr().err
     assert "was refused by" in said
     assert "wrong-key" not in said
