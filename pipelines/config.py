@@ -31,12 +31,18 @@ class EngineConfig(Settings):
 
 
 class StorageConfig(Settings):
-    """Where prepared cohorts are kept. Keys come from the environment (AWS_ACCESS_KEY_ID, ...) or an AWS profile."""
+    """Where prepared cohorts, runs and studies are kept. Keys come from the environment (AWS_ACCESS_KEY_ID, ...), an
+    AWS profile or an instance's role."""
 
     prepared: str | None = Field(
         None, description="folder or s3://bucket/prefix for prepared cohorts; unset: <work_dir>/cohorts"
     )
-    s3_endpoint: str | None = Field(None, description="address of an S3 server that is not Amazon's (http://host:port)")
+    results: str | None = Field(
+        None, description="folder or s3://bucket/prefix that keeps runs and studies; unset: work_dir"
+    )
+    s3_endpoint: str | None = Field(
+        None, description="address of an S3 server that is not Amazon's (http://host:port), of MLflow's files too"
+    )
 
 
 class EvaluationConfig(Settings):
@@ -71,7 +77,7 @@ class Config(Settings):
     federation: FederationConfig = Field(FederationConfig(), description="rounds, secure sum, disclosure")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how volumes are scored")
     engine: EngineConfig = Field(EngineConfig(), description="Ray or one process")
-    storage: StorageConfig = Field(StorageConfig(), description="where prepared cohorts are kept")
+    storage: StorageConfig = Field(StorageConfig(), description="where cohorts, runs and studies are kept")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
 
     @model_validator(mode="after")
@@ -245,8 +251,9 @@ def _absolute_paths(tree: dict[str, Any]) -> None:
         for site, folder in folders.items():
             folders[site] = os.path.abspath(os.path.expanduser(folder)) if isinstance(folder, str) else folder
     storage = tree.get("storage")
-    if isinstance(storage, dict) and isinstance(storage.get("prepared"), str) and "://" not in storage["prepared"]:
-        storage["prepared"] = os.path.abspath(os.path.expanduser(storage["prepared"]))
+    for key in ("prepared", "results"):
+        if isinstance(storage, dict) and isinstance(storage.get(key), str) and "://" not in storage[key]:
+            storage[key] = os.path.abspath(os.path.expanduser(storage[key]))
     tracking = tree.get("tracking")
     if isinstance(tracking, dict):
         uri, root = tracking.get("uri"), tracking.get("artifact_root")

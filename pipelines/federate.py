@@ -30,6 +30,7 @@ from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
+from pipelines.commits import RunCommits, check_results, results_store
 from pipelines.config import Config, flatten
 from pipelines.prepare import prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder
@@ -67,7 +68,9 @@ def check(config: Config) -> None:
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
     roster_tag(config)  # a roster that cannot be read
-    Tracking(config.tracking, config.work_dir).check()
+    open_tracking(config).check()
+    if config.storage.results is not None:
+        check_results(results_store(config))
 
 
 def check_sites(config: Config, sites: Sequence[str]) -> None:
@@ -116,7 +119,7 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
     except (KeyboardInterrupt, SystemExit, ClusterError) as error:
         # The driver is gone and cannot close its MLflow run itself.
         for run_id in tracked:
-            Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
+            open_tracking(config).end(run_id, "KILLED", describe_failure(error))
         raise
     return result
 
@@ -152,14 +155,16 @@ def run_federation(
             "fedsam.device": devices,
             "fedsam.precision": next(site["precision"] for site in federation.sites.values()),
         }
-        tracking = Tracking(config.tracking, config.work_dir)
+        tracking = open_tracking(config)
         settled = config.model_copy(update={"preprocess": about.config})  # what a cohort left open, by its value
         with tracking.start(run_id, run_params(settled), tags, parent) as tracker:
             emit(
                 Event(f"MLflow run {tracker.run_id} in experiment {config.tracking.experiment}", tracked=tracker.run_id)
             )
             folder = RunFolder(config.work_dir / "runs" / run_id)
-            recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config)
+            kept = config.storage.results is not None
+            commits = RunCommits(results_store(config), folder.path, run_id) if kept else None
+            recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config, commits)
             try:
                 recorder.begin(federation.score("test", 0), federation.score("val", 0))
                 run_rounds(federation, recorder.after_round)
@@ -172,6 +177,11 @@ def run_federation(
                 recorder.keep_record()  # of what failed, too
     finally:
         engine.close()
+
+
+def open_tracking(config: Config) -> Tracking:
+    """Where MLflow runs go; nothing is contacted yet."""
+    return Tracking(config.tracking, config.work_dir, config.storage.s3_endpoint)
 
 
 def initial_model(config: Config, classes: int) -> tuple[SamSegmenter, ParameterManifest, State]:

@@ -17,8 +17,9 @@ from fedsam_core.federation.summation import RECORDED_BYTES
 from fedsam_core.sam.adapters import load_shared_state, save_adapter
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.trained import describe
+from pipelines.commits import UNSENT, RunCommits, round_place
 from pipelines.config import Config
-from pipelines.run_folder import SUMS, RunFolder, sum_file
+from pipelines.run_folder import RECORD, SUMS, RunFolder, sum_file
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,13 @@ class Recorder:
         tracker: RunTracker,
         emit: Emit,
         preprocess: PreprocessConfig,
+        commits: RunCommits | None = None,
     ) -> None:
-        """`preprocess` is what the sites' shares were prepared with: the configuration may leave something open."""
+        """A recorder of one run.
+
+        `preprocess` is what the sites' shares were prepared with: the configuration may leave something open.
+        `commits` keeps each round in the results store, where the run's folder is not all that is wanted.
+        """
         self._config = config
         self._preprocess = preprocess
         self._cohort = cohort
@@ -98,6 +104,7 @@ class Recorder:
         self._folder = folder
         self._tracker = tracker
         self._emit = emit
+        self._commits = commits
         self._rounds: list[dict[str, Any]] = []
         self._layers: list[dict[str, Any]] = []  # a row a round and layer with LoRA
         self._epsilon: float | None = None
@@ -112,6 +119,7 @@ class Recorder:
         self._folder.write("manifest.json", self._federation.manifest.to_json().encode())
         self._folder.write("initial.safetensors", pack_state(self._federation.manifest, self._state()))
         self.keep_record()
+        self._commit(0, ["config.yaml", "manifest.json", "initial.safetensors"])
         self._tracker.log_round(0, self._validation_metrics(validation))
         self._curve.append((0, _known(validation.mean_dice)))
         self._emit(
@@ -121,10 +129,12 @@ class Recorder:
     def after_round(self, report: RoundReport, state: GlobalState) -> None:
         """After each round: checkpoint, tables, metrics, a line."""
         manifest, ledger = self._federation.manifest, self._federation.ledger
+        sums = []
         if self._config.federation.keep_sums:
             for total in report.totals:
                 if len(total.packed) > RECORDED_BYTES:  # else it stands in the record itself
-                    self._folder.write(sum_file(total.entry), total.packed)
+                    sums.append(sum_file(total.entry))
+                    self._folder.write(sums[-1], total.packed)
         self.keep_record()
         note = {
             "round": str(report.round),
@@ -161,6 +171,7 @@ class Recorder:
         self._rounds.append(row | {"lost": "; ".join(f"{s}: {why}" for s, why in report.lost.items())} | metrics)
         self._folder.write_table("rounds.csv", self._rounds)
         self._folder.write_table("ledger.csv", ledger.rows())
+        self._commit(report.round, ["state.safetensors", "rounds.csv", "ledger.csv", "layers.csv", *sums])
         for why in report.failed:
             self._emit(Event(f"round {report.round}: an attempt failed and was repeated with fresh keys ({why})"))
         for site, why in report.lost.items():
@@ -231,9 +242,21 @@ class Recorder:
         if rows:
             self._tracker.log_table("scores", rows)
         for path in sorted(self._folder.path.iterdir()):
-            if path.name != SUMS:  # as large as all rounds together: they stay in the folder
+            if path.name not in (SUMS, UNSENT):  # as large as all rounds together: they stay in the folder
                 self._tracker.log_artifact(path, path.name if path.is_dir() else "")
+        if self._commits is not None:
+            files = [path for part in ("adapter", "pictures") for path in sorted((self._folder.path / part).rglob("*"))]
+            names = [path.relative_to(self._folder.path).as_posix() for path in files]
+            self._commits.finish([*names, "ledger.csv", "scores.csv", "summary.json"], federation.record.lines)
+            self._emit(Event(f"the run is kept in {self._commits.url}"))
         return outcome
+
+    def _commit(self, number: int, names: list[str]) -> None:
+        """Keeps a round in the results store; one that is away is waited for with the next round."""
+        if self._commits is None:
+            return
+        if why := self._commits.commit(round_place(number), names, self._federation.record.lines):
+            self._emit(Event(f"round {number} is not in the results store yet, and goes with the next ({why})"))
 
     def _state(self) -> dict[str, Any]:
         return self._federation.server.state.tensors
@@ -254,7 +277,7 @@ class Recorder:
     def keep_record(self) -> None:
         """Adds to the file what the record has grown by."""
         lines = self._federation.record.lines
-        self._folder.append("record.jsonl", b"".join(line + b"\n" for line in lines[self._recorded :]))
+        self._folder.append(RECORD, b"".join(line + b"\n" for line in lines[self._recorded :]))
         self._recorded = len(lines)
 
     def _summary(self, scores: Scores) -> dict[str, Any]:
