@@ -263,9 +263,10 @@ def versus(row: Row, rows: Sequence[Row], kind: Kind) -> Versus | None:
 def pareto(rows: Sequence[Row]) -> list[Row]:
     """The federated rows that no other beats, cheapest first: none has their mean Dice or more for their bytes or less.
 
-    Of rows with equal Dice and equal bytes all are kept.
+    Of rows with equal Dice and equal bytes all are kept. A row whose bytes are not known is not on the front.
     """
-    scored = [(row.bytes_total, row.dice.mean, row) for row in rows if row.kind == "federated" and row.dice is not None]
+    federated = [row for row in rows if row.kind == "federated" and row.bytes_total]
+    scored = [(row.bytes_total, row.dice.mean, row) for row in federated if row.dice is not None]
     front = [
         (size, dice, row)
         for size, dice, row in scored
