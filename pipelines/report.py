@@ -254,8 +254,8 @@ def _figure_1(rows: Sequence[Row], look: Look) -> Section:
     if (drawn := figures.dice_against_bytes(rows, look)) is not None:
         caption = (
             "FLAP-SAM's Figure 1 for this cohort. Bars: 95% interval over seeds. Filled: on the Pareto front of "
-            "measured bytes (dashed line). Ring: the row named at the top. Horizontal lines with bands: baselines, which "
-            "send nothing. Both axes of bytes are logarithmic."
+            "measured bytes (dashed line). Ring: the row named at the top. Horizontal lines with bands: baselines, "
+            "which send nothing. Both axes of bytes are logarithmic."
         )
         if any(style.color == figures.OTHER for group, style in look.styles.items() if _federated(rows, group)):
             caption += " Gray points, without a name, are in the table."
@@ -277,8 +277,8 @@ def _atlas(rows: Sequence[Row], contributions: Sequence[Contribution], look: Loo
     start = "the zero-shot trial" if any(row.kind == "zero-shot" and row.dice for row in rows) else "its own start"
     caption = (
         f"Dice gained over {start}, by bytes of the whole run (all sites, both directions). A cell above the line is "
-        "one selection that trains the same component at places that follow one another: its number is that selection's, "
-        "measured, and no share of a larger one. Below are selections of several components, colored wherever they "
+        "one selection that trains the same component at places that follow one another: its number is that "
+        "selection's, measured, and no share of a larger one. Below are selections of several components, colored wherever they "
         "train; the number is the whole selection's, and nothing says how it divides. Colors are logarithmic; gray: no "
         "gain. ±: half the 95% interval over seeds."
     )
