@@ -13,6 +13,7 @@ COMMANDS = {
     "ablate": "many layer selections over one cohort: a study, its trials, its table",
     "federate": "train adapter layers across sites; only the masked sum is opened",
     "evaluate": "segment and score a cohort with a trained adapter",
+    "report": "what a study found: a page with table, figures, atlas and where it all comes from",
     "predict": "a mask for a scan, or for every scan of a folder: NIfTI or DICOM",
     "export": "write a trained model as PEFT adapter, plain SAM checkpoint and ONNX",
     "verify": "replay the record of a run: signatures, survivors, sums, global states",
