@@ -11,6 +11,8 @@ COMMANDS = {
     "data": "check a folder of scans: sites, cases, spacings, and everything that is wrong",
     "prepare": "read and check every scan, and store it ready for training",
     "federate": "train adapter layers across sites; only the masked sum is opened",
+    "centralize": "train on the pooled slices of all sites, to compare with; only where pooling is allowed",
+    "baselines": "each site alone (local), or the backbone as it is (zero-shot), to compare with",
     "evaluate": "segment and score a cohort with a trained adapter",
     "predict": "a mask for a scan, or for every scan of a folder: NIfTI or DICOM",
     "export": "write a trained model as PEFT adapter, plain SAM checkpoint and ONNX",
