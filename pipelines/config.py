@@ -28,6 +28,9 @@ class EngineConfig(Settings):
 
     kind: Literal["ray", "in-process"] = Field("ray", description="ray: an actor a site; in-process: no Ray at all")
     site: SiteNeeds = Field(SiteNeeds(), description="what a site's actor books")
+    workers: int = Field(
+        1, ge=1, description="for `centralize`: processes that share each batch; each books what a site does"
+    )
 
 
 class StorageConfig(Settings):

@@ -1,7 +1,7 @@
 """Writes what a federation gives, while it runs: to its folder, to MLflow, and to whoever looks on."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -236,7 +236,7 @@ class Recorder:
         self._tracker.set_tags({"fedsam.record_head": head})  # where whoever changes the run's folder cannot reach it
         self._tracker.log_round(config.federation.rounds, self._final_metrics(after))
         if outcome.personal is not None:
-            own = _metrics("test/dice_personal", "test_dice_personal", outcome.personal)
+            own = dice_metrics("test/dice_personal", "test_dice_personal", outcome.personal)
             self._tracker.log_round(config.federation.rounds, own)
         self._tracker.log_table("rounds", self._rounds)
         if rows:
@@ -281,24 +281,28 @@ class Recorder:
         self._recorded = len(lines)
 
     def _summary(self, scores: Scores) -> dict[str, Any]:
-        told = [group["dice"] for group in scores.by_site.values() if group["dice"] is not None]
-        return {
-            "dice": _known(scores.mean_dice),
-            "per_class": {
-                name: {"dice": _known(dice)} for name, dice in zip(self._cohort.classes, scores.dice, strict=True)
-            },
-            "per_site": scores.by_site,
-            "macro_dice": sum(told) / len(told) if told else None,
-            "cases": sum(group["cases"] for group in scores.by_site.values()),
-        }
+        return summary_of(scores, self._cohort.classes)
 
     def _validation_metrics(self, scores: Scores) -> dict[str, float]:
-        return _metrics("val/dice", "dice", self._summary(scores))
+        return dice_metrics("val/dice", "dice", self._summary(scores))
 
     def _final_metrics(self, after: dict[str, Any]) -> dict[str, float]:
-        return _metrics("test/dice", "test_dice", after) | _metrics(
+        return dice_metrics("test/dice", "test_dice", after) | dice_metrics(
             "test/dice_before", "test_dice_before", self._before
         )
+
+
+def summary_of(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
+    """Scores as a run's tables tell them: "dice" and "per_class" over all cases; "per_site", "macro_dice" and "cases"
+    from the sites that tell."""
+    told = [group["dice"] for group in scores.by_site.values() if group["dice"] is not None]
+    return {
+        "dice": _known(scores.mean_dice),
+        "per_class": {name: {"dice": _known(dice)} for name, dice in zip(classes, scores.dice, strict=True)},
+        "per_site": scores.by_site,
+        "macro_dice": sum(told) / len(told) if told else None,
+        "cases": sum(group["cases"] for group in scores.by_site.values()),
+    }
 
 
 def site_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -322,7 +326,7 @@ def inputs_of(config: Config, preprocess: PreprocessConfig) -> dict[str, Any]:
     }
 
 
-def _metrics(overall: str, by_site: str, summary: dict[str, Any]) -> dict[str, float]:
+def dice_metrics(overall: str, by_site: str, summary: dict[str, Any]) -> dict[str, float]:
     """Flat metric names: `overall`, `overall`_CLASS, site/ID/`by_site`. What could not be scored is left out."""
     named = {overall: summary["dice"]}
     named |= {f"{overall}_{name}": group["dice"] for name, group in summary["per_class"].items()}
