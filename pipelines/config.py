@@ -147,16 +147,26 @@ def load_config(source: str | None, overrides: list[str] | None = None) -> Confi
     Raises:
         ConfigError: a file that is missing or no YAML, an unknown key, a wrong value; names the key and the fix.
     """
-    tree = read_tree(configs().get(source, Path(source)), f"experiments {', '.join(configs())}") if source else {}
-    for override in overrides or []:
-        _apply(tree, override)
-    _absolute_paths(tree)
+    tree = config_tree(source, overrides)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(explain(e, source) for e in error.errors())) from error
     _ = config.layers  # a preset that does not exist is an error now, not after hours of preparing
     return config
+
+
+def config_tree(source: str | None, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What `load_config` validates: the file's keys, overridden, its paths absolute.
+
+    Raises:
+        ConfigError: a file that is missing or no YAML, or an override that is none.
+    """
+    tree = read_tree(configs().get(source, Path(source)), f"experiments {', '.join(configs())}") if source else {}
+    for override in overrides or []:
+        _apply(tree, override)
+    _absolute_paths(tree)
+    return tree
 
 
 def configs() -> dict[str, Path]:

@@ -12,7 +12,7 @@ from cluster import jobs
 from pipelines import console, prepare
 from pipelines.config import Config, load_config
 from pipelines.stage import guarded
-from pipelines.submit import submit
+from pipelines.submit import stage_command, submit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,5 +33,5 @@ def demo(config: Config) -> None:
     with jobs.local_cluster() as address:
         console.out.print(f"Ray is up: dashboard and jobs at {address}")
         console.out.print("\n[bold]3/3[/] the federation, as a Ray job")
-        submit("federate", config, address)
+        submit(stage_command("federate", config), address)
     console.out.print("Ray is stopped.")

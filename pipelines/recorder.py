@@ -60,6 +60,7 @@ class Outcome:
         minutes: from the first to the last score.
         personal: as `after`, of each site's own model; None where it has none.
         epsilon: privacy that the updates have spent; None without differential privacy.
+        mlflow_run: id of its MLflow run.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Outcome:
     minutes: float
     personal: dict[str, Any] | None = None
     epsilon: float | None = None
+    mlflow_run: str = ""
 
 
 class Recorder:
@@ -229,9 +231,10 @@ class Recorder:
             minutes=(monotonic() - self._started) / 60,
             personal=None if personal is None else self._summary(personal),
             epsilon=self._epsilon,
+            mlflow_run=self._tracker.run_id,
         )
         head = federation.record.head
-        said = {"folder": str(outcome.folder), "record_head": head, "mlflow_run": self._tracker.run_id}
+        said = {"folder": str(outcome.folder), "record_head": head}
         self._folder.write_json("summary.json", asdict(outcome) | said)
         self._tracker.set_tags({"fedsam.record_head": head})  # where whoever changes the run's folder cannot reach it
         self._tracker.log_round(config.federation.rounds, self._final_metrics(after))

@@ -86,6 +86,16 @@ def about_key(study: str) -> str:
     return f"studies/{study}/about.json"
 
 
+def study_key(study: str) -> str:
+    """Where the study file, resolved, is in the results store."""
+    return f"studies/{study}/study.yaml"
+
+
+def search_key(study: str) -> str:
+    """Where the steps of a greedy search are in the results store."""
+    return f"studies/{study}/search.json"
+
+
 def read_results(store: Store, study: str) -> Iterator[TrialResult]:
     """The trials that have ended, in the order of their ids.
 

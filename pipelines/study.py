@@ -32,7 +32,7 @@ from fedsam_core.hashing import stable_hash
 from fedsam_core.sam.geometry import BACKBONES
 from fedsam_core.selection import GROUPS, PRESETS, LayerSelection, LoraTargets, Projection
 from fedsam_core.settings import Settings
-from pipelines.config import Config, explain, inline, load_config, read_tree
+from pipelines.config import Config, config_tree, explain, flatten, inline, load_config, read_tree
 from pipelines.results import Kind
 
 Baseline = Literal["centralized", "local", "zero-shot"]
@@ -155,10 +155,13 @@ def load_study(source: str, overrides: Sequence[str] = ()) -> Study:
             raise ConfigError(f"{override!r} is no override: write dotted.key=value, like federation.rounds=8")
         given[key.strip()] = yaml.safe_load(text)
     try:
-        return Study.model_validate({**tree, "overrides": given})
+        study = Study.model_validate({**tree, "overrides": given})
     except ValidationError as error:
         # Of a selection that is none of the four ways to write one, pydantic tells what each of them lacks.
         raise ConfigError("; ".join(dict.fromkeys(explain(e, source) for e in error.errors()))) from error
+    # From here on the study stands for itself, also where the experiment's file is not.
+    settings = flatten(config_tree(study.config, [f"{key}={inline(value)}" for key, value in given.items()]))
+    return study.model_copy(update={"config": None, "overrides": settings})
 
 
 def trials(study: Study) -> tuple[Trial, ...]:
@@ -237,7 +240,7 @@ def _chosen(selection: LayerSelection) -> dict[str, Any]:
 
 def _config(study: Study, settings: Mapping[str, Any], seed: int) -> Config:
     merged = {"name": study.name, "tracking.experiment": study.name, **study.overrides, **settings, "seed": seed}
-    return load_config(study.config, [f"{key}={inline(value)}" for key, value in merged.items()])
+    return load_config(None, [f"{key}={inline(value)}" for key, value in merged.items()])
 
 
 def _written(one: str | LayerSelection | Blocks | Components, config: Config) -> Iterator[LayerSelection]:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import jobs
-from fedsam_core.errors import ClusterError
+from fedsam_core.errors import ClusterError, ConfigError
 from pipelines.config import Config, as_overrides
 from pipelines.stage import add_config_arguments, config_from, guarded
+from pipelines.study import Study, load_study
 
-STAGES = ("prepare", "federate", "centralize", "evaluate")
+STAGES = ("prepare", "federate", "ablate", "centralize", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="fedsam submit",
         description="Runs a stage as a job on a Ray cluster and follows its log. Ctrl-C stops the job.",
         epilog="example: fedsam submit federate --address http://127.0.0.1:8265 --config hippocampus "
-        "cohort.path=/data/Task04_Hippocampus",
+        "cohort.path=/data/Task04_Hippocampus; with ablate the study comes first: fedsam submit ablate STUDY key=value",
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument(
@@ -32,16 +33,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_config_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
-    sys.exit(guarded(lambda: submit(options.stage, config_from(options), options.address)))
+    sys.exit(guarded(lambda: submit(_command(options), options.address)))
 
 
-def submit(stage: str, config: Config, address: str | None) -> None:
-    """Runs `stage` as a Ray job to its end.
+def _command(options: argparse.Namespace) -> list[str]:
+    if options.stage != "ablate":
+        return stage_command(options.stage, config_from(options))
+    if not options.overrides or "=" in options.overrides[0].partition("{")[0]:
+        raise ConfigError("which study? write `fedsam submit ablate STUDY key=value ...`")
+    return study_command(load_study(options.overrides[0], options.overrides[1:]))
+
+
+def submit(command: Sequence[str], address: str | None) -> None:
+    """Runs a command as a Ray job to its end.
 
     Raises:
         ClusterError: no cluster answers, or the job failed.
     """
-    job = jobs.submit(address, entrypoint(stage, config), working_dir(), env_vars={})
+    job = jobs.submit(address, shlex.join(command), working_dir(), env_vars={})
     status = jobs.follow(address, job)
     if status == jobs.STOPPED:
         raise KeyboardInterrupt
@@ -49,9 +58,14 @@ def submit(stage: str, config: Config, address: str | None) -> None:
         raise ClusterError(f"job {job} ended with status {status}: its log is above")
 
 
-def entrypoint(stage: str, config: Config) -> str:
+def stage_command(stage: str, config: Config) -> list[str]:
     """The job's command line."""
-    return shlex.join(["python", "-m", f"pipelines.{stage}", *as_overrides(config)])
+    return ["python", "-m", f"pipelines.{stage}", *as_overrides(config)]
+
+
+def study_command(study: Study) -> list[str]:
+    """The job's command line for a study: its file travels in it."""
+    return ["python", "-m", "pipelines.ablate", study.model_dump_json(by_alias=True, exclude_unset=True)]
 
 
 def working_dir() -> Path | None:

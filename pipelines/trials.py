@@ -10,7 +10,10 @@ from cluster.trials import Tell
 from fedsam_core.federation.engine import Engine, in_process
 from fedsam_core.federation.preparation import PreparedSites
 from fedsam_core.federation.site import SiteSpec
+from fedsam_core.sam.backbones import manifest_for
+from pipelines.baselines import centralized, local, zero_shot
 from pipelines.federate import check_sites, code_hash, ray_engine, run_federation, site_factory
+from pipelines.parts import parts_of
 from pipelines.recorder import Event, Outcome
 from pipelines.results import TrialResult
 from pipelines.study import Trial
@@ -18,6 +21,7 @@ from pipelines.study import Trial
 # What the process of a trial books: sums and scores of others' work take a moment between rounds.
 _DRIVER_CPUS = 0.001
 _POOL = "sites"
+_BASELINES: dict[str, Any] = {"centralized": centralized, "local": local, "zero-shot": zero_shot}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Task:
         return self.trial.id(self.cohort.hash, code_hash())
 
     @property
+    def tags(self) -> dict[str, str]:
+        """Of its MLflow run, beside those that every run has."""
+        return {"fedsam.study": self.study, "fedsam.trial": self.id, "fedsam.group": self.trial.group}
+
+    @property
     def name(self) -> str:
         """For people."""
         return f"{self.trial.group} seed {self.trial.config.seed}"
@@ -52,7 +61,7 @@ def bundles(task: Task, nodes: tuple[Node, ...]) -> tuple[Mapping[str, float], .
     needs = task.trial.config.engine.site
     if task.trial.kind != "federated":  # one process that trains by itself
         gpus = needs.gpus if needs.gpus is not None else float(any(node.gpus for node in nodes))
-        return ({"CPU": max(needs.cpus, _DRIVER_CPUS), "GPU": gpus},)
+        return ({"CPU": max(needs.cpus, _DRIVER_CPUS), "GPU": gpus},)  # Ray Train books its workers itself
     placed = plan(task.cohort.sites, nodes, needs)
     sites = ({"CPU": one.cpus, "GPU": one.gpus, **one.resources} for one in placed.values())
     return ({"CPU": _DRIVER_CPUS}, *sites)
@@ -69,6 +78,8 @@ def run_trial(task: Task, tell: Tell, kept: dict[str, Any]) -> TrialResult:
         FedsamError: what is wrong, in a line.
     """
     config, cohort = task.trial.config, task.cohort
+    if task.trial.kind != "federated":
+        return _run_baseline(task)
     check_sites(config, cohort.sites)
     cohort = replace(cohort, described=cohort.described.model_copy(update={"problems": ()}))
 
@@ -81,13 +92,20 @@ def run_trial(task: Task, tell: Tell, kept: dict[str, Any]) -> TrialResult:
             return in_process(specs, site_factory(config))
         return ray_engine(config, kept.setdefault(_POOL, SitePool()), specs)
 
-    tags = {"fedsam.study": task.study, "fedsam.trial": task.id, "fedsam.group": task.trial.group}
-    outcome = run_federation(config, cohort, open_engine, look_on, task.parent, tags)
-    return result_of(task, outcome)
+    outcome = run_federation(config, cohort, open_engine, look_on, task.parent, task.tags)
+    return _federated(task, outcome)
 
 
-def result_of(task: Task, outcome: Outcome) -> TrialResult:
-    """What a trial that came to its end gave."""
+def _run_baseline(task: Task) -> TrialResult:
+    config = task.trial.config
+    if config.engine.workers == 1:  # this process has the place that the trial has booked
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "in-process"})})
+    found = _BASELINES[task.trial.kind](config, task.cohort, lambda event: None, task.parent, task.tags)
+    kept = ("trainable", "rounds", "curve", "before", "test", "cross", "minutes", "run", "mlflow_run")
+    return described(task).model_copy(update={name: getattr(found, name) for name in kept})
+
+
+def _federated(task: Task, outcome: Outcome) -> TrialResult:
     return described(task).model_copy(
         update={
             "trainable": outcome.trained,
@@ -99,6 +117,7 @@ def result_of(task: Task, outcome: Outcome) -> TrialResult:
             "test": outcome.after,
             "minutes": outcome.minutes,
             "run": outcome.folder.name,
+            "mlflow_run": outcome.mlflow_run,
         }
     )
 
@@ -107,11 +126,14 @@ def described(task: Task) -> TrialResult:
     """What is known of a trial before it runs."""
     config = task.trial.config
     lora = config.layers.lora
+    manifest = manifest_for(config.model, len(task.cohort.described.classes), config.layers)
     return TrialResult(
         id=task.id,
         group=task.trial.group,
         kind=task.trial.kind,
         selection=config.layers.name,
+        layers=config.layers.model_dump(mode="json"),
+        parts=parts_of(manifest),
         rule=config.federation.rule,
         rank=lora.rank if lora else 0,
         bits=config.federation.bits,

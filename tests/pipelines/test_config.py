@@ -1,6 +1,7 @@
 """The configuration tree: files, overrides, and the way to a job's command line and back."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from fedsam_core.errors import ConfigError
 from pipelines.config import as_overrides, configs, describe, load_config
-from pipelines.submit import entrypoint
+from pipelines.submit import stage_command
 
 
 @pytest.mark.parametrize("name", ["demo", "hippocampus"])
@@ -34,7 +35,7 @@ def test_a_written_selection_survives_too() -> None:
 
 def test_entrypoint_is_one_shell_safe_line() -> None:
     config = load_config("demo", ["cohort.name=phantom", "work_dir=/tmp/a b;c"])
-    assert "'work_dir=/tmp/a b;c'" in entrypoint("federate", config)
+    assert "'work_dir=/tmp/a b;c'" in shlex.join(stage_command("federate", config))
 
 
 def test_the_hash_is_of_what_decides_the_result() -> None:

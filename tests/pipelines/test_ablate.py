@@ -1,0 +1,147 @@
+"""A small study from its file to its table, in one process."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedsam_core.errors import ConfigError, RoundError, TrialError
+from pipelines import trials as trial_module
+from pipelines.ablate import ablate, main, search
+from pipelines.results import TrialResult
+from pipelines.study import Study, load_study
+
+
+@pytest.fixture
+def study(tmp_path: Path, cohort_folder: Path) -> Callable[..., Study]:
+    """study(text, *overrides): a study of the small cohort, no Ray."""
+    settings = {
+        "work_dir": str(tmp_path / "work"),
+        "cohort.name": "small",
+        "cohort.source": "nifti",
+        "cohort.path": str(cohort_folder),
+        "cohort.val_fraction": 0.2,
+        "model.backbone": "vit_t",
+        "model.image_size": 32,
+        "rank": 2,
+        "engine.kind": "in-process",
+        "federation.rounds": 2,
+        "learning.local_steps": 1,
+        "learning.batch_size": 4,
+    }
+
+    def make(text: str, *overrides: str) -> Study:
+        path = tmp_path / "study.yaml"
+        path.write_text(f"name: which\noverrides: {json.dumps(settings)}\n{text}\n")
+        return load_study(str(path), overrides)
+
+    return make
+
+
+def kept(results: tuple[TrialResult, ...]) -> list[dict[str, Any]]:
+    """All but what differs from run to run."""
+    return [one.model_dump(exclude={"minutes", "run", "mlflow_run"}) for one in results]
+
+
+def test_a_study_is_run_once_and_what_is_missing_later(
+    study: Callable[..., Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "selections: [flap, {blocks: 3}]\nseeds: [0, 1]\nbaselines: {local: [flap], zero-shot: [flap]}"
+    first = ablate(study(text), "fedsam ablate which")
+    groups = ["local flap", "zero-shot flap", "flap", "blocks-0-2", "blocks-3-5"]
+    assert [(one.group, one.seed) for one in first] == [(group, seed) for group in groups for seed in (0, 1)]
+    assert {one.status for one in first} == {"finished"}
+    federated = first[4:]
+    for one in federated:
+        assert 0 <= one.test["dice"] <= 1
+        assert len(one.test["per_site"]) == 3
+        assert [number for number, _ in one.curve] == [0, 1, 2]
+        assert sum(one.parts.values()) == one.trainable > 0
+        ledger = (tmp_path / "work" / "runs" / one.run / "ledger.csv").read_text().splitlines()
+        assert one.bytes_total == sum(int(row.rsplit(",", 1)[1]) for row in ledger[1:])
+    assert set(first[0].cross) == {"north", "south", "west"}
+    assert first[2].test["dice"] == federated[0].before["dice"]  # nothing trained
+    assert "blocks-3-5" in capsys.readouterr().out
+
+    trials_folder = tmp_path / "work" / "studies" / "which" / "trials"
+    gone = trials_folder / f"{federated[-1].id}.json"
+    gone.unlink()
+    again = ablate(study(text), "fedsam ablate which")
+    assert kept(again) == kept(first)
+    assert [one.run for one in again[:-1]] == [one.run for one in first[:-1]]
+    assert again[-1].run != first[-1].run
+    assert len(ablate(study(text, "federation.rounds=1"), "x")) == 10
+    assert len(list(trials_folder.iterdir())) == 10 + 8  # without training the rounds decide nothing
+
+    about = json.loads((trials_folder.parent / "about.json").read_text())
+    assert about["planned"][-10:] == [path.id for path in ablate(study(text, "federation.rounds=1"), "x")]
+
+
+def test_a_trial_that_fails_is_named_and_run_again(
+    study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, broken = trial_module.run_federation, [True]
+
+    def sometimes(config: Any, *rest: Any, **more: Any) -> Any:
+        if config.layers.name == "lora" and broken:
+            raise RoundError("too few sites are left")
+        return run(config, *rest, **more)
+
+    monkeypatch.setattr(trial_module, "run_federation", sometimes)
+    text = "selections: [lora, partial-decoder]"
+    with pytest.raises(TrialError, match=r"1 of 2 trials failed.*lora seed 0: too few sites are left"):
+        ablate(study(text), "x")
+    broken.clear()
+    monkeypatch.setattr(trial_module, "run_federation", run)
+    results = ablate(study(text), "x")
+    assert [one.status for one in results] == ["finished", "finished"]
+
+
+def test_children_hang_from_one_run_of_the_study(study: Callable[..., Study]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    small = study("selections: [partial-decoder, lora]")
+    results = ablate(small, "x")
+    client = MlflowClient(f"sqlite:///{small.overrides['work_dir']}/mlflow.db")
+    experiment = client.get_experiment_by_name("which")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if run.data.tags.get("fedsam.stage") == "ablate"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert len(parents) == 1
+    assert {run.data.tags["fedsam.trial"] for run in children} == {one.id for one in results}
+    assert len({frozenset(run.data.params) for run in children}) == 1
+    assert {run.data.params["selection"] for run in children} == {"partial-decoder", "lora"}
+
+
+def test_a_search_takes_steps_within_its_budget(study: Callable[..., Study], tmp_path: Path) -> None:
+    text = "selections: [{components: [mask_tokens, hypernetworks]}]\nsearch: {budget_mb: 100, steps: 2}"
+    steps = search(study(text, "learning.local_steps=3"), "x")
+    written = json.loads((tmp_path / "work" / "studies" / "which" / "search.json").read_text())
+    assert [row["taken"] for row in written] == [step.taken for step in steps]
+    assert steps[0].taken in ("mask_tokens", "hypernetworks")
+    with pytest.raises(ConfigError, match="says nothing of a search"):
+        search(study("selections: [lora]"), "x")
+
+
+def test_another_cohort_is_another_study(study: Callable[..., Study], cohort_folder: Path) -> None:
+    ablate(study("selections: [partial-decoder]", "federation.rounds=1"), "x")
+    with pytest.raises(ConfigError, match="begun with other scans or another preprocessing"):
+        ablate(study("selections: [partial-decoder]", "federation.rounds=1", "preprocess.slice_axis=sagittal"), "x")
+
+
+def test_the_command_lists_and_refuses(study: Callable[..., Study], capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status in (
+        (["hippocampus", "--list", "cohort.path=/nowhere"], 0),
+        (["nothing.yaml"], 2),
+        (["hippocampus", "federation.rool=1"], 2),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == status
+    said = SimpleNamespace(**capsys.readouterr()._asdict())
+    assert "lora-decoder" in said.out
+    assert "federation.rool" in said.err
