@@ -49,9 +49,9 @@ def kept(results: tuple[TrialResult, ...]) -> list[dict[str, Any]]:
 def test_a_study_is_run_once_and_what_is_missing_later(
     study: Callable[..., Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = "selections: [flap, {blocks: 3}]\nseeds: [0, 1]\nbaselines: {local: [flap], zero-shot: [flap]}"
+    text = "selections: [partial-decoder, {blocks: 3}]\nseeds: [0, 1]\nbaselines: {local: [lora], zero-shot: [partial-decoder]}"
     first = ablate(study(text), "fedsam ablate which")
-    groups = ["local flap", "zero-shot flap", "flap", "blocks-0-2", "blocks-3-5"]
+    groups = ["local lora", "zero-shot partial-decoder", "partial-decoder", "blocks-0-2", "blocks-3-5"]
     assert [(one.group, one.seed) for one in first] == [(group, seed) for group in groups for seed in (0, 1)]
     assert {one.status for one in first} == {"finished"}
     federated = first[4:]
