@@ -93,3 +93,10 @@ def test_selections_prints_the_papers_counts() -> None:
     assert all(row["bytes_per_site_round"] == 4 * row["trainable"] for row in rows.values())
     assert rows["full"]["paper_gb"] == pytest.approx(67.45, abs=0.01)
     assert rows["flap"]["paper_gb"] == pytest.approx(1.38, abs=0.01)
+
+
+def test_stores_that_are_folders_are_meant_from_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("demo", ["storage.prepared=here", "storage.results=s3://bucket/x"])
+    assert (config.storage.prepared, config.storage.results) == (str(tmp_path / "here"), "s3://bucket/x")
+    assert load_config("demo", ["storage.results=../kept"]).storage.results == str(tmp_path.parent / "kept")
