@@ -102,7 +102,7 @@ def curves(rows: Sequence[Row], look: Look) -> bytes | None:
         axes.plot(rounds, [point.mean for point in points], **style)
         least, most = [point.least for point in points], [point.most for point in points]
         axes.fill_between(rounds, least, most, color=style["color"], alpha=0.13, linewidth=0)
-        ends.append((points[-1].mean, row.group, str(style["color"])))
+        ends.append((points[-1].mean, _name(row.group), str(style["color"])))
     axes.set_xlabel("round")
     axes.set_ylabel("validation Dice")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -127,7 +127,7 @@ def fairness(rows: Sequence[Row], look: Look) -> bytes | None:
             marker = SITE_MARKERS[sites.index(site) % len(SITE_MARKERS)]
             axes.scatter(one.mean, y, marker=marker, s=30, color=color, edgecolor="white", linewidth=0.6, zorder=2)
         axes.annotate(
-            fair.worst_site,
+            _name(fair.worst_site),
             (fair.worst, y),
             (-7, 0),
             textcoords="offset points",
@@ -139,13 +139,13 @@ def fairness(rows: Sequence[Row], look: Look) -> bytes | None:
         spread = f"{fair.spread:.3f}"
         axes.text(1.01, y, spread, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.2")
     axes.text(1.01, -0.9, "spread", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.2")
-    axes.set_yticks(range(len(shown)), [row.group for row, _ in shown], fontsize=9)
+    axes.set_yticks(range(len(shown)), [_name(row.group) for row, _ in shown], fontsize=9)
     axes.set_ylim(len(shown) - 0.4, -0.7)
     axes.margins(x=0.09)
     axes.set_xlabel("test Dice, mean over seeds; the worst site is named")
     _plain(axes, grid="x")
     handles = [
-        Line2D([], [], linestyle="", marker=SITE_MARKERS[i % len(SITE_MARKERS)], color="0.35", label=site)
+        Line2D([], [], linestyle="", marker=SITE_MARKERS[i % len(SITE_MARKERS)], color="0.35", label=_name(site))
         for i, site in enumerate(sites)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(sites), 8), frameon=False, fontsize=8)
@@ -158,10 +158,10 @@ def cross_matrix(local: Row, federated: Row | None, look: Look) -> bytes | None:
     if not cross:
         return None
     sites = list(dict.fromkeys(site for row in cross.values() for site in row))
-    names = [f"model of {site}" for site in cross]
+    names = [f"model of {_name(site)}" for site in cross]
     table = [[row.get(site, math.nan) for site in sites] for row in cross.values()]
     if federated is not None:
-        names.append(f"federated: {federated.group}")
+        names.append(f"federated: {_name(federated.group)}")
         table.append([federated.per_site[site].mean if site in federated.per_site else math.nan for site in sites])
     values = np.array(table)
     figure = _figure(1.3 + 0.42 * len(names), look, f"Who learns for whom ({local.group})")
@@ -183,7 +183,7 @@ def cross_matrix(local: Row, federated: Row | None, look: Look) -> bytes | None:
     places = [float(y) for y in range(len(names))]
     if federated is not None:
         places[-1] += 0.25
-    axes.set_xticks(range(len(sites)), [f"cases of {site}" for site in sites], fontsize=9)
+    axes.set_xticks(range(len(sites)), [f"cases of {_name(site)}" for site in sites], fontsize=9)
     axes.set_yticks(places, names, fontsize=9)
     axes.tick_params(length=0)
     for side in axes.spines.values():
@@ -228,9 +228,9 @@ def atlas_map(contributions: Sequence[Contribution], look: Look) -> bytes | None
             room = len(at) * 430 / len(places)  # points, of which a letter takes about 4.7
             text = value_text(one.per_megabyte, factor)
             if 4.7 * (len(one.row.group) + len(text) + 3) < room:
-                text = f"{one.row.group}:  {text}"
+                text = f"{_name(one.row.group)}:  {text}"
             elif len(at) > 1 and 4.7 * max(len(one.row.group), len(text)) < room:
-                text = f"{one.row.group}\n{text}"
+                text = f"{_name(one.row.group)}\n{text}"
             elif 4.7 * len(text) > room:
                 text = value_text(one.per_megabyte, factor, "\n")
             axes.text((at[0] + at[-1]) / 2, y, text, ha="center", va="center", fontsize=7.5, color=_on(color))
@@ -248,7 +248,7 @@ def atlas_map(contributions: Sequence[Contribution], look: Look) -> bytes | None
             )
         text = value_text(one.per_megabyte, factor)
         axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.15")
-        ticks.append((y, one.row.group))
+        ticks.append((y, _name(one.row.group)))
         y += 1
     axes.set_yticks([place for place, _ in ticks], [text for _, text in ticks], fontsize=9)
     axes.set(xlim=(-0.5, len(places) - 0.5), ylim=(y - 0.45, -0.55))
@@ -363,21 +363,22 @@ def _against_bytes(
             linestyle=(0, (3, 2)),
             zorder=1,
         )
-    _edge_labels(figure, paper, [(one.mean, row.group, "0.25") for row, one in near])
-    far = [f"{row.group} {one.mean:.3f}" for row, one in lines if (row, one) not in near]
+    _edge_labels(figure, paper, [(one.mean, _name(row.group), "0.25") for row, one in near])
+    far = [f"{_name(row.group)} {one.mean:.3f}" for row, one in lines if (row, one) not in near]
     if far:
         measured.text(
             0.01, 0.01, f"off the scale: {', '.join(far)}", transform=measured.transAxes, fontsize=8, color="0.35"
         )
+    figure.draw_without_rendering()  # places are known after the layout only, which is then kept
+    figure.set_layout_engine("none")
     for axes, size, _ in panels:
-        named = [(row, one) for row, one in points if look.styles[row.group].color != OTHER]
-        _point_labels(figure, axes, [(size(row), one, row.group, look.styles[row.group].color) for row, one in named])
+        named = [(row, one, look.styles[row.group].color) for row, one in points]
+        _point_labels(axes, [(size(row), one, _name(row.group), color) for row, one, color in named if color != OTHER])
     return _png(figure)
 
 
-def _point_labels(figure: Figure, axes: Axes, points: Sequence[tuple[float, Estimate, str, str]]) -> None:
+def _point_labels(axes: Axes, points: Sequence[tuple[float, Estimate, str, str]]) -> None:
     """A name beside each point, where it covers least of other names, points and error bars."""
-    figure.draw_without_rendering()  # places are known after the layout only
     frame = axes.get_window_extent()
     taken: list[Bbox] = []
     for x, one, _, _ in points:
@@ -399,29 +400,24 @@ def _point_labels(figure: Figure, axes: Axes, points: Sequence[tuple[float, Esti
         )
     ]
     for x, one, name, color in points:
+        look: dict[str, Any] = {
+            "fontsize": 8.5,
+            "color": color,
+            "path_effects": [withStroke(linewidth=2.5, foreground="white")],
+        }
+        text = axes.annotate(name, (x, one.mean), (0, 0), textcoords="offset points", zorder=5, **look)
+        size = text.get_window_extent()
+        left, middle = axes.transData.transform((x, one.mean))
         tried = []
-        for dx, dy, ha, va in offsets:
-            text = axes.annotate(
-                name,
-                (x, one.mean),
-                (dx, dy),
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                fontsize=8.5,
-                color=color,
-                zorder=5,
-                path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            )
-            text.set_in_layout(False)
-            box = text.get_window_extent()
-            covered = sum(_shared(box, other) for other in taken)
-            outside = box.width * box.height - _shared(box, frame)
-            tried.append((covered + 3 * outside, text, box))
-        _, best, box = min(tried, key=lambda one: one[0])
-        for _, text, _ in tried:
-            if text is not best:
-                text.remove()
+        for rank, (dx, dy, ha, va) in enumerate(offsets):
+            at_x = left + dx * DPI / 72 - {"left": 0, "right": size.width}[ha]
+            at_y = middle + dy * DPI / 72 - {"bottom": 0, "center": size.height / 2, "top": size.height}[va]
+            box = Bbox.from_bounds(at_x, at_y, size.width, size.height)
+            outside = size.width * size.height - _shared(box, frame)
+            cost = sum(_shared(box, other) for other in taken) + 3 * outside + 8 * rank  # pixels; the nearest of equals
+            tried.append((cost, (dx, dy, ha, va), box))
+        _, (dx, dy, ha, va), box = min(tried, key=lambda one: one[0])
+        text.set(position=(dx, dy), ha=ha, va=va)
         taken.append(box)
 
 
@@ -429,10 +425,9 @@ def _edge_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, 
     """Names right of the axes at the height of what they name, moved apart where they would touch."""
     if not labels:
         return
-    figure.draw_without_rendering()
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    gap = (high - low) * 12 / (axes.get_window_extent().height / DPI * 72)
+    gap = (high - low) * 12 / (0.8 * figure.get_figheight() * 72)  # 12 points; axes take about 0.8 of a figure
     ordered = sorted(labels)
     heights = _apart([y for y, _, _ in ordered], gap)
     across = blended_transform_factory(axes.transAxes, axes.transData)
@@ -490,6 +485,11 @@ def _baseline(row: Row) -> dict[str, Any]:
 def _shared(one: Bbox, other: Bbox) -> float:
     both = Bbox.intersection(one, other)
     return 0.0 if both is None else float(both.width * both.height)
+
+
+def _name(text: str) -> str:
+    """A name as it is: between two dollar signs matplotlib would read mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _on(face: Any) -> str:

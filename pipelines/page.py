@@ -133,13 +133,13 @@ def _block(block: Text | Lines | Table | Picture) -> str:
         return f"{_md(block.title)}\n\n{fence}\n{block.text.rstrip()}\n{fence}"
     lines = [_row(block.columns), _row_of_rules(block)]
     for number, row in enumerate(block.rows):
-        lines.append(_row(row, bold=number in block.marked))
+        lines.append(_row(row, marked=number in block.marked))
     return "\n".join(lines) + (f"\n\n{_md(block.note)}" if block.note else "")
 
 
-def _row(cells: Sequence[str], bold: bool = False) -> str:
-    texts = [_md(cell) for cell in cells]
-    return f"| {' | '.join(f'**{text}**' if bold and text else text for text in texts)} |"
+def _row(cells: Sequence[str], marked: bool = False) -> str:
+    first, *others = (_md(cell) for cell in cells)
+    return f"| {' | '.join([f'**{first}**' if marked else first, *others])} |"
 
 
 def _row_of_rules(table: Table) -> str:

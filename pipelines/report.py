@@ -145,10 +145,10 @@ def _finding(rows: Sequence[Row], advice: Advice | None) -> list[str]:
             f"“{best.group}” has the highest Dice, {_value(best.dice)}, for {_mb(best.bytes_total)} MB.",
             "No cheaper selection on the Pareto front has a paired difference to it whose 95% interval holds 0.",
         ]
-    beside: list[tuple[Kind, str]] = [("local", "sites that train alone"), ("centralized", "training on pooled scans")]
-    for kind, words in beside:
-        if (found := versus(take, rows, kind)) is not None:
-            told.append(f"“{take.group}” less {words} (“{found.baseline}”): {_signed(found.difference)} Dice.")
+    if (alone := versus(take, rows, "local")) is not None:
+        told.append(f"Beside sites that train alone (“{alone.baseline}”): {_signed(alone.difference)} Dice.")
+    if (pooled := versus(take, rows, "centralized")) is not None:
+        told.append(f"Beside training on pooled scans (“{pooled.baseline}”): {_signed(pooled.difference)} Dice.")
     return told
 
 
@@ -278,9 +278,9 @@ def _atlas(rows: Sequence[Row], contributions: Sequence[Contribution], look: Loo
     caption = (
         f"Dice gained over {start}, by bytes of the whole run (all sites, both directions). A cell above the line is "
         "one selection that trains the same component at places that follow one another: its number is that "
-        "selection's, measured, and no share of a larger one. Below are selections of several components, colored wherever they "
-        "train; the number is the whole selection's, and nothing says how it divides. Colors are logarithmic; gray: no "
-        "gain. ±: half the 95% interval over seeds."
+        "selection's, measured, and no share of a larger one. Below are selections of several components, colored "
+        "wherever they train; the number is the whole selection's, and nothing says how it divides. Colors are "
+        "logarithmic; gray: no gain. ±: half the 95% interval over seeds."
     )
     left_out = [row.group for row in rows if row.kind == "federated" and row not in [one.row for one in contributions]]
     cells = [
