@@ -7,7 +7,8 @@ zero-shot    the backbone as it was loaded
 All three read the cases of all sites in one place: they are for cohorts that may be pooled. A site alone takes the
 steps that it takes in the federation, rounds x local_steps; the pooled learner as many as all sites together. Both are
 on the federation's schedule, validate after each round as it does, and keep their optimiser's state throughout, as
-nothing restarts them; FedProx, SCAFFOLD and the LoRA rules have no meaning for them. Full fine-tuning is selection=full.
+nothing restarts them; FedProx, SCAFFOLD and the LoRA rules have no meaning for them. Full fine-tuning is
+selection=full.
 """
 
 import json
@@ -170,7 +171,7 @@ def _require_pool(config: Config, prepared: PreparedSites) -> None:
     why = "a baseline reads the cases of all sites in one place"
     if config.cohort.sites is not None and config.engine.kind == "ray" and len(cluster_nodes()) > 1:
         raise ConfigError(
-            f"cohort.sites keeps the scans of {', '.join(prepared.sites)} in folders of their own on nodes of their own, "
+            f"cohort.sites keeps the scans of {', '.join(prepared.sites)} in folders of their own on their own nodes, "
             f"but {why}: pool them where that is allowed, and give that folder as cohort.path"
         )
     for site, share in prepared.shares.items():
@@ -232,7 +233,7 @@ class _Desk:
 
 
 def baseline_learning(config: LearningConfig) -> LearningConfig:
-    """How a site learns that is in no federation: nothing pulls it to a global state, nothing restarts its optimiser."""
+    """How one learns that is in no federation: no pull towards a global state, and no new optimiser each round."""
     return config.model_copy(update={"keep_optimizer": True, "proximal": 0.0})
 
 
@@ -258,7 +259,7 @@ def _train_pooled(task: Task, place: Place) -> Baseline | None:
     checkpoints = place.checkpoints(desk.manifest.layout_hash)
     saved = checkpoints.latest()
     done, kept = saved or (0, {})
-    told = json.loads(bytes(kept.pop("history"))) if saved else {"run": task.run}
+    told: dict[str, Any] = json.loads(bytes(kept.pop("history"))) if saved else {"run": task.run}
     state = {name.removeprefix("state/"): kept.pop(name) for name in list(kept) if name.startswith("state/")}
     state = state or desk.start
 
@@ -268,10 +269,8 @@ def _train_pooled(task: Task, place: Place) -> Baseline | None:
         record = None
         if tracker is not None:
             shared = f", {task.config.engine.workers} workers" * (task.config.engine.workers > 1)
-            begun = (
-                f"run {told['run']}: the slices of {len(task.about.sites)} sites are POOLED ({len(learner.dataset)}), "
-            )
-            place.emit(Event(f"{begun}{rounds} rounds of {steps} steps{shared}"))
+            begun = f"run {told['run']}: {len(learner.dataset)} slices of {len(task.about.sites)} sites are POOLED"
+            place.emit(Event(f"{begun}, {rounds} rounds of {steps} steps{shared}"))
             record = desk.recorder(told["run"], tracker, told.get("history"))
             if not saved:
                 record.begin()
