@@ -78,8 +78,8 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Checkpoints of an unfinished run. The same settings have the same place, so that they go on there."""
-        key = stable_hash([self.kind, self.config.science_hash(self.about.hash), self.config.engine.workers])
+        """Checkpoints of an unfinished run: the same settings, scans and code have the same place, and go on there."""
+        key = stable_hash([self.kind, self.config.engine.kind, self.config.engine.workers, self.hashes])
         return self.config.work_dir / "unfinished" / f"{self.config.name}-{self.kind}-{key[:10]}"
 
 
@@ -97,14 +97,14 @@ def centralized(
     Raises:
         FedsamError: what is wrong, in one line: sites that cannot be pooled, a site without a training case, ...
     """
-    kept = config.engine.workers
-    if kept > config.learning.batch_size:
+    workers = config.engine.workers
+    if workers > config.learning.batch_size:
         raise ConfigError(
-            f"engine.workers={kept} cannot share batches of {config.learning.batch_size} slices: lower it, or raise "
+            f"engine.workers={workers} cannot share batches of {config.learning.batch_size} slices: lower it, or raise "
             "learning.batch_size"
         )
-    if config.engine.kind == "in-process" and kept > 1:
-        raise ConfigError(f"engine.workers={kept} needs Ray: set engine.kind=ray, or engine.workers=1")
+    if config.engine.kind == "in-process" and workers > 1:
+        raise ConfigError(f"engine.workers={workers} needs Ray: set engine.kind=ray, or engine.workers=1")
     return _launch("centralized", _train_pooled, config, prepared, emit, parent, tags)
 
 
@@ -151,18 +151,19 @@ def _launch(
         emit(event)
 
     placed: Work = partial(work, task)
+    folder = task.folder
     if config.engine.kind == "in-process":
-        result: Baseline = alone(placed, emit, task.folder)
+        result: Baseline = alone(placed, emit, folder)
     else:
         workers = config.engine.workers if kind == "centralized" else 1
         try:
-            result = together(placed, look_on, task.folder, workers, cluster_nodes(), config.engine.site)
+            result = together(placed, look_on, folder, workers, cluster_nodes(), config.engine.site)
         except (KeyboardInterrupt, SystemExit, ClusterError) as error:
             # The worker is gone and cannot close its MLflow run itself.
             for run_id in tracked:
                 Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
             raise
-    shutil.rmtree(task.folder, ignore_errors=True)  # what it is for is in the run's folder
+    shutil.rmtree(folder, ignore_errors=True)  # what it is for is in the run's folder
     return result
 
 
@@ -217,6 +218,7 @@ class _Desk:
             del tags[of_sums]
         tags |= {
             "fedsam.stage": STAGES[task.kind],
+            "fedsam.workers": str(task.config.engine.workers if task.kind == "centralized" else 1),
             "fedsam.device": describe_device(device),
             "fedsam.precision": "bf16" if autocast_dtype(config.learning.precision, device) else "fp32",
             **task.tags,
