@@ -131,9 +131,10 @@ def scaling(workers: int, nodes: Sequence[Node], needs: SiteNeeds) -> ScalingCon
     gpus = needs.gpus if needs.gpus is not None else float(any(node.gpus for node in nodes))
     books = {"CPU": needs.cpus, "GPU": gpus}
     room = sum(
-        min(int(has / wants + 1e-9) for has, wants in ((node.cpus, needs.cpus), (node.gpus, gpus)) if wants)
-        if needs.cpus or gpus
-        else workers
+        min(
+            (int(has / wants + 1e-9) for has, wants in ((node.cpus, needs.cpus), (node.gpus, gpus)) if wants),
+            default=workers,
+        )
         for node in nodes
     )
     if room < workers:

@@ -7,7 +7,8 @@ zero-shot    the backbone as it was loaded
 All three read the cases of all sites in one place: they are for cohorts that may be pooled. A site alone takes the
 steps that it takes in the federation, rounds x local_steps; the pooled learner as many as all sites together. Both are
 on the federation's schedule, validate after each round as it does, and keep their optimiser's state throughout, as
-nothing restarts them; FedProx, SCAFFOLD and the LoRA rules have no meaning for them. Full fine-tuning is selection=full.
+nothing restarts them; FedProx, SCAFFOLD and the LoRA rules have no meaning for them. Full fine-tuning is
+selection=full.
 """
 
 import json
@@ -77,8 +78,8 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Checkpoints of an unfinished run. The same settings have the same place, so that they go on there."""
-        key = stable_hash([self.kind, self.config.science_hash(self.about.hash), self.config.engine.workers])
+        """Checkpoints of an unfinished run: the same settings, scans and code have the same place, and go on there."""
+        key = stable_hash([self.kind, self.config.engine.kind, self.config.engine.workers, self.hashes])
         return self.config.work_dir / "unfinished" / f"{self.config.name}-{self.kind}-{key[:10]}"
 
 
@@ -96,14 +97,14 @@ def centralized(
     Raises:
         FedsamError: what is wrong, in one line: sites that cannot be pooled, a site without a training case, ...
     """
-    kept = config.engine.workers
-    if kept > config.learning.batch_size:
+    workers = config.engine.workers
+    if workers > config.learning.batch_size:
         raise ConfigError(
-            f"engine.workers={kept} cannot share batches of {config.learning.batch_size} slices: lower it, or raise "
+            f"engine.workers={workers} cannot share batches of {config.learning.batch_size} slices: lower it, or raise "
             "learning.batch_size"
         )
-    if config.engine.kind == "in-process" and kept > 1:
-        raise ConfigError(f"engine.workers={kept} needs Ray: set engine.kind=ray, or engine.workers=1")
+    if config.engine.kind == "in-process" and workers > 1:
+        raise ConfigError(f"engine.workers={workers} needs Ray: set engine.kind=ray, or engine.workers=1")
     return _launch("centralized", _train_pooled, config, prepared, emit, parent, tags)
 
 
@@ -150,18 +151,19 @@ def _launch(
         emit(event)
 
     placed: Work = partial(work, task)
+    folder = task.folder
     if config.engine.kind == "in-process":
-        result: Baseline = alone(placed, emit, task.folder)
+        result: Baseline = alone(placed, emit, folder)
     else:
         workers = config.engine.workers if kind == "centralized" else 1
         try:
-            result = together(placed, look_on, task.folder, workers, cluster_nodes(), config.engine.site)
+            result = together(placed, look_on, folder, workers, cluster_nodes(), config.engine.site)
         except (KeyboardInterrupt, SystemExit, ClusterError) as error:
             # The worker is gone and cannot close its MLflow run itself.
             for run_id in tracked:
                 Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
             raise
-    shutil.rmtree(task.folder, ignore_errors=True)  # what it is for is in the run's folder
+    shutil.rmtree(folder, ignore_errors=True)  # what it is for is in the run's folder
     return result
 
 
@@ -170,7 +172,7 @@ def _require_pool(config: Config, prepared: PreparedSites) -> None:
     why = "a baseline reads the cases of all sites in one place"
     if config.cohort.sites is not None and config.engine.kind == "ray" and len(cluster_nodes()) > 1:
         raise ConfigError(
-            f"cohort.sites keeps the scans of {', '.join(prepared.sites)} in folders of their own on nodes of their own, "
+            f"cohort.sites keeps the scans of {', '.join(prepared.sites)} in folders of their own on their own nodes, "
             f"but {why}: pool them where that is allowed, and give that folder as cohort.path"
         )
     for site, share in prepared.shares.items():
@@ -216,6 +218,7 @@ class _Desk:
             del tags[of_sums]
         tags |= {
             "fedsam.stage": STAGES[task.kind],
+            "fedsam.workers": str(task.config.engine.workers if task.kind == "centralized" else 1),
             "fedsam.device": describe_device(device),
             "fedsam.precision": "bf16" if autocast_dtype(config.learning.precision, device) else "fp32",
             **task.tags,
@@ -232,7 +235,7 @@ class _Desk:
 
 
 def baseline_learning(config: LearningConfig) -> LearningConfig:
-    """How a site learns that is in no federation: nothing pulls it to a global state, nothing restarts its optimiser."""
+    """How one learns that is in no federation: no pull towards a global state, and no new optimiser each round."""
     return config.model_copy(update={"keep_optimizer": True, "proximal": 0.0})
 
 
@@ -258,7 +261,7 @@ def _train_pooled(task: Task, place: Place) -> Baseline | None:
     checkpoints = place.checkpoints(desk.manifest.layout_hash)
     saved = checkpoints.latest()
     done, kept = saved or (0, {})
-    told = json.loads(bytes(kept.pop("history"))) if saved else {"run": task.run}
+    told: dict[str, Any] = json.loads(bytes(kept.pop("history"))) if saved else {"run": task.run}
     state = {name.removeprefix("state/"): kept.pop(name) for name in list(kept) if name.startswith("state/")}
     state = state or desk.start
 
@@ -268,10 +271,8 @@ def _train_pooled(task: Task, place: Place) -> Baseline | None:
         record = None
         if tracker is not None:
             shared = f", {task.config.engine.workers} workers" * (task.config.engine.workers > 1)
-            begun = (
-                f"run {told['run']}: the slices of {len(task.about.sites)} sites are POOLED ({len(learner.dataset)}), "
-            )
-            place.emit(Event(f"{begun}{rounds} rounds of {steps} steps{shared}"))
+            begun = f"run {told['run']}: {len(learner.dataset)} slices of {len(task.about.sites)} sites are POOLED"
+            place.emit(Event(f"{begun}, {rounds} rounds of {steps} steps{shared}"))
             record = desk.recorder(told["run"], tracker, told.get("history"))
             if not saved:
                 record.begin()
