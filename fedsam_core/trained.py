@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from fedsam_core import __version__
+from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.preprocess import PreprocessConfig
 from fedsam_core.data.slices import SliceConfig
 from fedsam_core.data.sources import Modality
@@ -90,13 +91,9 @@ class Trained:
 
 def describe(
     segmenter: SamSegmenter,
+    cohort: Cohort,
     *,
     run: str,
-    cohort: str,
-    classes: tuple[str, ...],
-    modality: Modality,
-    synthetic: bool,
-    scored_as: Mapping[str, tuple[str, ...]],
     dice: float | None,
     dice_by_class: Mapping[str, float | None],
     preprocess: PreprocessConfig,
@@ -112,11 +109,11 @@ def describe(
         raise ValueError("the segmenter is not adapted: there is nothing to describe")
     return {
         "run": run,
-        "cohort": cohort,
-        "classes": list(classes),
-        "modality": modality,
-        "synthetic": synthetic,
-        "scored_as": {name: list(parts) for name, parts in scored_as.items()},
+        "cohort": cohort.name,
+        "classes": list(cohort.classes),
+        "modality": cohort.modality,
+        "synthetic": cohort.synthetic,
+        "scored_as": {name: list(parts) for name, parts in cohort.scored_as.items()},
         "dice": dice,
         "dice_by_class": dict(dice_by_class),
         "preprocess": preprocess.model_dump(mode="json"),

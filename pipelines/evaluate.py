@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import fedsam_core
 from cluster.tracking import RunTracker
@@ -29,9 +30,10 @@ from fedsam_core.evaluation.overlays import dice_bars, overlay, pick_cases
 from fedsam_core.evaluation.surfaces import SurfaceConfig
 from fedsam_core.hashing import derive_seed
 from fedsam_core.learning.device import autocast_dtype, describe_device, pick_device
-from fedsam_core.sam.adapters import load_adapter
+from fedsam_core.sam.adapters import adapt, load_adapter, named_parameters
 from fedsam_core.sam.backbones import build_segmenter
 from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.config import Config
 from pipelines.federate import code_hash, open_tracking, run_params
@@ -54,12 +56,21 @@ def run(config: Config) -> None:
         folder = RunFolder(adapter.parent / "evaluation" / config.evaluation.split)
         settled = config.model_copy(update={"preprocess": prepared.config})  # what a cohort left open, by its value
         tags = run_tags(config, prepared.cohort, segmenter, adapter)
+        if untrained := untrained_groups(config, segmenter, adapter):
+            tags["fedsam.untrained"] = untrained
         name = f"{tags['fedsam.run']}-evaluate-{config.evaluation.split}"
         with tracking.start(name, run_params(settled), tags, parent_run(adapter)) as tracker:
             scores = evaluate(config, prepared, segmenter, folder, bars)
             summary = summarize(scores, prepared.cohort.classes, intervals=True, seed=config.seed)
             keep(summary, scores, prepared.cohort, config.evaluation.split, folder, tracker)
     show(summary, folder.path)
+    if untrained:
+        console.out.print(
+            console.plain(
+                f"{untrained} stayed at the sites: this adapter has them as they were before training. The closing "
+                "table of `fedsam federate` scores each site's own model, which has them trained"
+            )
+        )
     console.out.print(f"MLflow UI: {tracking.ui_command()}")
 
 
@@ -210,6 +221,22 @@ def load_segmenter(config: Config, prepared: PreparedCohort, adapter: Path) -> S
                 f"settings of its run ({adapter.parent / 'config.yaml'})"
             )
     return segmenter.to(pick_device())
+
+
+def untrained_groups(config: Config, segmenter: SamSegmenter, adapter: Path) -> str:
+    """Groups that sites kept and that the adapter has as they were before training, listed; "" where there are none.
+
+    A run's adapter has none of them trained; one that a site fine-tuned for itself has all.
+    """
+    manifest = ParameterManifest.from_json((adapter / "manifest.json").read_text())
+    if not manifest.local:
+        return ""
+    fresh = build_segmenter(config.model, segmenter.classes, config.layers, seed=derive_seed(config.seed, "model"))
+    adapt(fresh, manifest.selection)
+    before, now = named_parameters(fresh), named_parameters(segmenter)
+    same = {e.group for e in manifest.local if torch.equal(before[e.name].cpu(), now[e.name].cpu())}
+    moved = {e.group for e in manifest.local} - same
+    return "" if moved else ", ".join(sorted(same))
 
 
 def show(summary: Summary, folder: Path) -> None:

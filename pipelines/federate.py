@@ -18,6 +18,8 @@ from cluster.site import SitePool, create_sites
 from cluster.tracking import Tracking
 from fedsam_core.errors import ClusterError, ConfigError
 from fedsam_core.federation.engine import Engine, describe_failure, in_process
+from fedsam_core.federation.groups import tensor_groups
+from fedsam_core.federation.lora_rules import lora_layers, summed_kinds
 from fedsam_core.federation.preparation import PreparedSites, share_at
 from fedsam_core.federation.rounds import Federation, State, run_rounds
 from fedsam_core.federation.site import FederatedSite, SiteSpec
@@ -135,6 +137,7 @@ def run_federation(
     """The run itself: wherever this executes is the driver. `parent` is the MLflow run of the study it belongs to."""
     cohort = about.described
     segmenter, manifest, state = initial_model(config, len(cohort.classes))
+    check_ranks(config, manifest, about.sites)
     config_hash = config.science_hash(about.hash)
     # The random end keeps two runs apart that start in the same second.
     run_id = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}-{token_hex(2)}"
@@ -182,6 +185,30 @@ def run_federation(
 def open_tracking(config: Config) -> Tracking:
     """Where MLflow runs go; nothing is contacted yet."""
     return Tracking(config.tracking, config.work_dir, config.storage.s3_endpoint)
+
+
+def check_ranks(config: Config, manifest: ParameterManifest, sites: Sequence[str]) -> None:
+    """Finds ranks by site that change nothing, or that leave components to too few sites to be summed.
+
+    Raises:
+        ConfigError: names the key and the fix.
+    """
+    federation = config.federation
+    full = max((layer.rank for layer in lora_layers(manifest)), default=0)
+    for site, rank in sorted(federation.site_ranks.items()):
+        if rank > full:
+            raise ConfigError(
+                f"federation.site_ranks gives {site} rank {rank}, but the selection has at most {full}: give fewer, or "
+                "leave the site out"
+            )
+    kinds = summed_kinds(federation, 1) | summed_kinds(federation, 2)
+    for name, group in tensor_groups(manifest, kinds, sites, federation.site_ranks).items():
+        if group.sites is not None and len(group.sites) < federation.min_contributors:
+            raise ConfigError(
+                f"federation.site_ranks leaves {name} to {len(group.sites)} sites, but a sum is opened over at least "
+                f"{federation.min_contributors}: give more sites that rank, lower the selection's rank, or set "
+                "federation.rule=product-sketch"
+            )
 
 
 def initial_model(config: Config, classes: int) -> tuple[SamSegmenter, ParameterManifest, State]:

@@ -194,12 +194,8 @@ class Recorder:
         load_shared_state(segmenter, federation.manifest, self._state())
         card = describe(
             segmenter,
+            self._cohort,
             run=federation.run,
-            cohort=self._cohort.name,
-            classes=self._cohort.classes,
-            modality=self._cohort.modality,
-            synthetic=self._cohort.synthetic,
-            scored_as=self._cohort.scored_as,
             dice=after["dice"],
             dice_by_class={name: group["dice"] for name, group in after["per_class"].items()},
             preprocess=self._preprocess,

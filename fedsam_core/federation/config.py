@@ -120,6 +120,11 @@ class FederationConfig(Settings):
             raise ValueError("scaffold wants the same values at all sites: leave site_ranks out")
         if any(rank < 1 for rank in self.site_ranks.values()):
             raise ValueError("site_ranks: a rank is at least 1")
+        if self.site_ranks and not self.is_product and self.weights != "equal":
+            raise ValueError(
+                f"site_ranks: under rule {self.rule} the weights of all sites, and of those with a full rank, are told "
+                "apart, and their difference is the weight of the others: set weights=equal, or take a product rule"
+            )
         if self.privacy is not None:
             self._is_private()
         return self
@@ -128,6 +133,10 @@ class FederationConfig(Settings):
         """What differential privacy rules out: anything whose sensitivity has no bound, or that is summed exactly."""
         if self.is_product:
             raise ValueError(f"privacy: how far one site moves the sums of rule {self.rule} has no bound: take factors")
+        if self.secure_sum == "plain":
+            raise ValueError(
+                "privacy: a plain sum shows each update with one site's share of the noise: set secure_sum=masked"
+            )
         if self.bits > 24:
             raise ValueError("privacy: the noise is made of whole steps of the ring, up to 24 bits: set bits=24 or 20")
         for key in ("scaffold", "normalize_steps", "site_ranks"):

@@ -11,7 +11,7 @@ step suits all its values. What is beyond a clip is cut, and how much that was i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -184,10 +184,13 @@ def private_step(about: Round) -> float:
 
 
 def accountant(about: Round) -> privacy.Accountant:
-    """Counts the rounds of a run with differential privacy, each over at most as many values as this one."""
+    """Counts the rounds of a run with differential privacy, each as the one with most values: `rolora` has two kinds,
+    and the more values, the coarser the steps of the ring and the more rounding lengthens an update."""
     assert about.config.privacy is not None
-    size = padded_size(parts_of(about, 0)["all"].size)
-    return privacy.Accountant(about.config.privacy, about.minimum, size, private_step(about))
+    kinds = (replace(about, number=number) for number in (1, 2))
+    largest = max(kinds, key=lambda one: parts_of(one, 0)["all"].size)
+    size = padded_size(parts_of(largest, 0)["all"].size)
+    return privacy.Accountant(about.config.privacy, about.minimum, size, private_step(largest))
 
 
 def _on_the_wire(about: Round, size: int) -> int:
@@ -220,7 +223,7 @@ class SiteUpdate:
     Attributes:
         parts: float [size] by part, neither weighted nor rotated; zeros where this site does not have it.
         weight: of this site, its amount over the total of all.
-        probes: what the meter reads, float64; empty without one.
+        probes: what the meter reads, float64, not weighted; empty without one.
     """
 
     parts: Mapping[str, Values]
@@ -276,15 +279,21 @@ def put_update(
         encoder.put("dice_numerator", fit.dice_numerator)
         encoder.put("dice_denominator", fit.dice_denominator)
         if given.probes.size:
-            encoder.put("probes", np.clip(given.probes * weight, -MAX_PROBE, MAX_PROBE))
+            factor = _factor(about, given, fit.steps)
+            encoder.put("probes", np.clip(given.probes * factor, -MAX_PROBE, MAX_PROBE))
 
 
 def _weighted(about: Round, task: Task, name: str, given: SiteUpdate, steps: int) -> Values:
-    factor = given.weight / steps if about.config.normalize_steps and not name.startswith(CONTROL) else given.weight
+    factor = given.weight if name.startswith(CONTROL) else _factor(about, given, steps)
     values = given.parts[name]
     if not about.config.rotates:
         return values * np.float32(factor)
     return about.rotation(name, values.size, task.stage).forward(values) * factor
+
+
+def _factor(about: Round, given: SiteUpdate, steps: int) -> float:
+    """What a site's update is multiplied by in the sum."""
+    return given.weight / steps if about.config.normalize_steps else given.weight
 
 
 def _counts(values: Values, part: Part, site: str, config: FederationConfig) -> NDArray[np.float64]:
@@ -383,7 +392,7 @@ def read_update(layout: VectorLayout, lanes: Lanes, contributors: Sequence[str],
             rms=float(np.sqrt(squares / sizes)),
             cut=max(0.0, float(lanes["cut"].sum()) / (sizes * len(contributors))),
         ),
-        probes=lanes["probes"] / weights[None] if first and "probes" in lanes else np.empty(0),
+        probes=lanes["probes"] * (steps / weights[None]) if first and "probes" in lanes else np.empty(0),
     )
 
 

@@ -1,9 +1,9 @@
 """What a site keeps from one round to the next, on its own node.
 
-Local layers, a control variate (SCAFFOLD), what compression left over: such values belong to one site, are never sent
-and are in no checkpoint of the driver's. So that a round that is repeated starts from what it started from, the state
-after the round before it is kept beside the newest one. A round that is saved ends all later ones: they follow from a
-course that the run has left.
+Local layers, optimiser state, a control variate (SCAFFOLD), what its noise is drawn from: such values belong to one
+site, are never sent and are in no checkpoint of the driver's. So that a round that is repeated starts from what it
+started from, the state after the round before it is kept beside the newest one. A round that is saved ends all later
+ones: they follow from a course that the run has left.
 
     FOLDER/round-000004.safetensors    mode 0600 in a folder of mode 0700; arrays by name, any dtype that numpy and
                                        safetensors share; in the header `layout_hash`, and `sha256` over names, dtypes,
@@ -55,8 +55,7 @@ class SiteMemory:
         self._in_ram: dict[int, dict[str, Array]] = {}
         if folder is not None:
             try:
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                folder.chmod(0o700)  # one that was there may be open to others
+                close_folder(folder)
                 for unfinished in folder.glob(".round-*.tmp"):  # of a process that was killed while it wrote
                     unfinished.unlink()
             except OSError as error:
@@ -161,6 +160,15 @@ class SiteMemory:
     @staticmethod
     def _path(folder: Path, number: int) -> Path:
         return folder / f"round-{number:06d}.safetensors"
+
+
+def close_folder(folder: Path) -> None:
+    """A folder that is there and closed to other users. Raises DataError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)  # one that was there may be open to others
+    except OSError as error:
+        raise write_failed(folder, error) from error
 
 
 _FIX = "restore it, or remove it and let the site go on from an earlier round of its memory, or without any"

@@ -132,7 +132,10 @@ def suggest_step(config: PrivacyConfig, bits: int, sites: int, minimum: int, siz
     log = _log_odds(size)
     room = levels - 2 - log / 3  # one for rounding, one for the ceiling
     if room <= log / 3:
-        raise UnfitValues(f"a ring of {bits} bits has no room for the noise of {sites} sites: take a wider one")
+        raise UnfitValues(
+            f"a ring of {bits} bits has no room for the noise of {sites} sites: set federation.bits to more, up to "
+            f"{WIDEST_RING}"
+        )
     # needed_clip = levels, solved for clip / step, the length:
     # share * length + sqrt((log / 3)^2 + spread * length^2) = room.
     share = _largest_share(size, block)

@@ -17,7 +17,7 @@ from fedsam_core.errors import RoundError
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.lanes import Precision, Round, layout_of
 from fedsam_core.federation.ledger import Ledger
-from fedsam_core.federation.server import LoraReport, Server, Step
+from fedsam_core.federation.server import Course, LoraReport, Server, Step
 from fedsam_core.federation.site import SiteSpec
 from fedsam_core.federation.state import GlobalState, pack_global
 from fedsam_core.federation.summation import Contribution, Relay, Total, plain_sum, secure_sum
@@ -211,10 +211,11 @@ class Federation:
             RoundError: too few sites are left.
         """
         server = self.server
-        course, totals, before = server.begin(round_number, total_weight), [], server.state.hash
+        course, before = server.begin(round_number, total_weight), server.state.hash
+        totals: list[Total] = []
         failed: list[str] = []
         while (task := course.task()) is not None:
-            how = self._fitting("fit") if course.basis_message is None else self._projecting(course.basis_message)
+            how = self._fitting("fit") if course.basis_message is None else self._projecting(course, totals[-1])
             try:
                 total = self._sum(task, round_number, how)
             except RoundError as error:
@@ -268,8 +269,11 @@ class Federation:
         everyone = holders | followers >= set(self.engine.sites)
         return Contribution(method, "state", b"" if everyone else pack_global(state), self._step, holders, followers)
 
-    def _projecting(self, basis: bytes) -> Contribution:
-        return Contribution("project", "basis", basis)
+    def _projecting(self, course: Course, last: Total) -> Contribution:
+        """A contribution to a later sum of a round: of just those who are in its first, else sites refuse it."""
+        absent = [site for site in self.engine.sites if site not in last.contributors]
+        left_out = dict.fromkeys(absent, "is not in the sum of the updates that this one goes on from")
+        return Contribution("project", "basis", course.basis_message or b"", left_out=left_out)
 
     def _ask_all(self, method: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
         replies, lost = self.engine.call(method, dict.fromkeys(self.engine.sites, keywords), self.config.deadline_s)
@@ -335,12 +339,12 @@ class Federation:
             sites=sites,
             threshold=default_threshold(len(sites)),
         )
-        relay = Relay(self.engine, attempt, task, self.ledger, self.config.deadline_s)
+        relay = Relay(self.engine, attempt, task, self.ledger, self.config.deadline_s, how.left_out)
         open_sum = plain_sum if self.config.secure_sum == "plain" else secure_sum
         try:
             total = open_sum(relay, self._roster, layout, how, self.record)
         finally:
-            self._lost = sorted(relay.lost)  # to be opened again before the next attempt
+            self._lost = sorted(set(relay.lost) - set(how.left_out))  # to be opened again before the next attempt
         if how.keyword == "state":
             self._held |= dict.fromkeys(total.contributors, attempt.model_hash)
         return total
@@ -374,7 +378,7 @@ def run_rounds(federation: Federation, on_round: Callable[[RoundReport, GlobalSt
             round=number,
             state_hash=step.state.hash,
             contributors=totals[-1].contributors,
-            lost={site: why for total in totals for site, why in total.lost.items()},
+            lost={site: why for total in reversed(totals) for site, why in total.lost.items()},
             failed=failed,
             loss=step.update.loss,
             dice=step.update.dice,

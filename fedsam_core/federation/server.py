@@ -101,6 +101,7 @@ class Server:
         self.state = first_state(manifest, state, config.scaffold)
         self.clips: dict[str, float] = {}
         self.residual = np.zeros(manifest.shared_size)
+        self.control_residual = np.zeros(manifest.shared_size)  # the same of the common control variate
         self.strategy = ServerStrategy(config.strategy, manifest.shared_size)
         self.accountant = accountant(about) if config.privacy is not None else None
 
@@ -214,10 +215,12 @@ class Course:
                 for name, group in groups.items()
             }
             if control is not None and old.control is not None:
-                change = control - old.control
+                change = control - old.control + server.control_residual
                 values |= {CONTROL + name: change[group.index] for name, group in groups.items()}
             self._message = encode_step(values, config.broadcast_bits)
             new = take_step(old, self._message)
+            if control is not None and old.control is not None and new.control is not None:
+                server.control_residual = change - (new.control.astype(np.float64) - old.control)
             for name in changed:
                 index = groups[name].index
                 left = wanted[index] - (new.vector[index].astype(np.float64) - self._start[index])

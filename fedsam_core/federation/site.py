@@ -38,7 +38,7 @@ from fedsam_core.federation.lora_rules import (
     product_values,
     trained_kinds,
 )
-from fedsam_core.federation.memory import SiteMemory
+from fedsam_core.federation.memory import SiteMemory, close_folder
 from fedsam_core.federation.privacy import secret_rng
 from fedsam_core.federation.server import take_step, unpack_basis
 from fedsam_core.federation.state import GlobalState, apply_changes, first_state, unpack_global, weights_hash
@@ -63,7 +63,7 @@ _log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 
 _NOISE = "privacy/noise"
-"""In the site's memory: the key of the round's noise, uint64 [2]."""
+"""In the site's memory: what the round's noise is drawn from, with the update itself; uint64 [2]."""
 
 
 class SiteSpec(SumSpec):
@@ -322,7 +322,7 @@ class FederatedSite(SummingSite):
         start = state.vector.copy()
         if assignment.beyond is not None:
             start[assignment.beyond] = 0.0
-        return Trained(fit, start, self._noise(number) if spec.federation.privacy else None)
+        return Trained(fit, start, self._noise(number, fit.update) if spec.federation.privacy else None)
 
     def _give(self, task: Task, basis: Basis) -> bytes:
         """Contributes what the task asks of the round's training."""
@@ -372,8 +372,13 @@ class FederatedSite(SummingSite):
                 kept[_NOISE] = newest[1][_NOISE]
             self._site.memory.save(self._current().round, kept)
 
-    def _noise(self, number: int) -> np.random.Generator:
-        """The source of this round's noise: drawn once and noted, as the same update with two noises is spent twice."""
+    def _noise(self, number: int, update: Array) -> np.random.Generator:
+        """What an update's noise is drawn from: a secret, made once a round and noted, and the update's own bits.
+
+        The same update with two noises would be spent twice. Two updates with the same noise would be worse: their
+        difference would have none. So another update of the round (a driver may ask for one from another state) gets
+        another noise.
+        """
         memory, rng = self._site.memory, secret_rng()
         newest = memory.latest()
         if newest and newest[0] == number and _NOISE in newest[1]:
@@ -382,7 +387,8 @@ class FederatedSite(SummingSite):
             key = rng.integers(0, 2**64, 2, dtype=np.uint64)
             before = memory.before(number)
             memory.save(number, {**(before[1] if before else {}), _NOISE: key})
-        return np.random.Generator(np.random.Philox(key=key))
+        seed = sha256(b"fedsam noise" + key.tobytes() + np.ascontiguousarray(update).tobytes()).digest()
+        return np.random.Generator(np.random.Philox(key=np.frombuffer(seed[:16], np.uint64)))
 
     def _fine_tune(self, state: GlobalState) -> None:
         """This site's own model: the last global state with its own local layers, trained on by `personal_steps`. It is
@@ -397,18 +403,15 @@ class FederatedSite(SummingSite):
         cohort = site.prepared.cohort
         card = describe(
             site.learner.segmenter,
+            cohort,
             run=spec.run,
-            cohort=cohort.name,
-            classes=cohort.classes,
-            modality=cohort.modality,
-            synthetic=cohort.synthetic,
-            scored_as=cohort.scored_as,
             dice=None,
             dice_by_class=dict.fromkeys(cohort.classes),
             preprocess=site.prepared.config,
             slices=spec.slices,
             precision=spec.learning.precision,
         )
+        close_folder(self._folder)
         save_adapter(site.learner.segmenter, site.manifest, self._folder / "adapter", card)
 
     def _lanes(self, task: Task, round_number: int) -> VectorLayout:

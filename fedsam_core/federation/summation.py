@@ -7,8 +7,9 @@ enough of them remain.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class Contribution:
         step: what leads from the state before to this one, for sites that hold that.
         holders: sites that hold the state already and are sent none of it.
         followers: sites that hold the state before, and are sent the step.
+        left_out: sites that are not asked at all, and why.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Contribution:
     step: bytes = b""
     holders: frozenset[str] = frozenset()
     followers: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,16 @@ class Total:
 class Relay:
     """Asks the sites that are still present for one stage of one sum after the other."""
 
-    def __init__(self, engine: Engine, attempt: Attempt, task: Task, ledger: Ledger, deadline: float) -> None:
-        self.lost: dict[str, str] = {}
+    def __init__(
+        self,
+        engine: Engine,
+        attempt: Attempt,
+        task: Task,
+        ledger: Ledger,
+        deadline: float,
+        left_out: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.lost = dict(left_out)
         self._engine = engine
         self.attempt = attempt
         self._task = task
@@ -92,7 +103,8 @@ class Relay:
         message = attempt_to_json(self.attempt)
         task = self._task.model_dump()
         keywords = {"attempt": message, "task": task}
-        sites, size = self.attempt.sites, len(message) + len(json.dumps(task).encode())
+        sites = [site for site in self.attempt.sites if site not in self.lost]
+        size = len(message) + len(json.dumps(task).encode())
         self._stage("advertise", dict.fromkeys(sites, keywords), dict.fromkeys(sites, size), receive)
 
     def broadcast(self, method: str, keyword: str, message: bytes, receive: Callable[[str, bytes], None]) -> None:

@@ -109,7 +109,20 @@ def test_a_wrong_setting(stage: Stage, tmp_path: Path, override: str, words: tup
 def test_rules_and_ranks_that_do_not_fit(stage: Stage) -> None:
     whole = "selection={name: mine, train: [head]}"
     refused(stage("federate", "rank=null", whole, "federation.rule=rolora"), "mine", "no LoRA", "federation.rule")
-    refused(stage("federate", "federation.site_ranks={nowhere: 2}"), "site_ranks", "nowhere", "no site")
+    refused(
+        stage("federate", "federation.site_ranks={north: 99}", "federation.weights=equal"),
+        "federation.site_ranks", "north", "99", "at most",
+    )  # fmt: skip
+    refused(
+        stage("federate", "federation.site_ranks={north: 1}", "federation.weights=equal"),
+        "federation.site_ranks", "2 sites", "federation.rule=product-sketch",
+    )  # fmt: skip
+    refused(
+        stage("federate", "federation.site_ranks={nowhere: 2}", "federation.weights=equal"),
+        "site_ranks",
+        "nowhere",
+        "no site",
+    )
     refused(stage("federate", "federation.privacy.clip=1.0"), "federation.privacy.noise_multiplier")
     private = ("federation.privacy={clip: 1.0, noise_multiplier: 1.0}", "federation.bits=24")
     refused(stage("federate", *private), "weights=equal")

@@ -128,6 +128,28 @@ def test_what_an_evaluation_leaves(run: Path, stage: Stage, cohort_folder: Path,
     assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == rows
 
 
+def test_what_stayed_at_the_sites_is_untrained_in_a_run_s_adapter_and_trained_in_a_site_s_own(
+    stage: Stage, tmp_path: Path
+) -> None:
+    settings = (
+        "selection={name: fedbn, lora: {encoder: [q], rank: 2}, train: [head], local: [decoder.norms, lora.scale]}",
+        "rank=null",
+        "federation.rounds=1",
+        f"federation.site_dir={tmp_path / 'sites'}",
+    )
+    assert stage("federate", *settings).status == 0
+    told = "decoder.norms, lora.scale stayed at the sites: this adapter has them as they were before training"
+    ended = stage("evaluate", *settings)
+    assert ended.status == 0, ended.error
+    assert told in " ".join(ended.out.split())
+    (own,) = (tmp_path / "sites").glob("*/north/adapter")
+    ended = stage("evaluate", *settings, f"evaluation.adapter={own}")
+    assert ended.status == 0, ended.error
+    assert "stayed at the sites" not in ended.out
+    tags = [found.data.tags for found in client(tmp_path).search_runs(["1"], order_by=["start_time ASC"])]
+    assert [tag.get("fedsam.untrained") for tag in tags] == [None, "decoder.norms, lora.scale", None]
+
+
 def test_a_kidney_holds_its_tumour_and_masks_are_optional(run: Path, stage: Stage, cohort_folder: Path) -> None:
     # The manifest of the run's cohort names no union: as another cohort the same scans are scored another way.
     assert stage("evaluate").status == 0

@@ -11,6 +11,7 @@ import SimpleITK as sitk
 import torch
 from support.dicom import write_series
 
+from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.dicom import read_segmentation, read_series
 from fedsam_core.data.preprocess import PreprocessConfig, prepare_image
 from fedsam_core.data.slices import SliceConfig
@@ -311,12 +312,8 @@ def test_a_run_s_adapter_from_the_command_line(
     manifest = adapt(segmenter, preset("flap", 4))
     card = describe(
         segmenter,
+        Cohort(name="c", source="nifti", classes=CLASSES, modality="ct", synthetic=True, cases=()),
         run="r",
-        cohort="c",
-        classes=CLASSES,
-        modality="ct",
-        synthetic=True,
-        scored_as={},
         dice=None,
         dice_by_class={},
         preprocess=PreprocessConfig(slice_axis="axial"),

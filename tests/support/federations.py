@@ -1,6 +1,7 @@
 """A federation small enough for a test: a phantom cohort of three sites, vit_t on 32-pixel slices."""
 
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ def small_cohort(folder: Path, sites: int = 3) -> PreparedCohort:
 
 def small_specs(prepared: PreparedCohort, selection: LayerSelection | None = None, **federation: Any) -> list[SiteSpec]:
     """What each site is told: two rounds of two steps unless `federation` says otherwise."""
+    own = Path(prepared.url).parent / f"sites-{token_hex(4)}"  # no other run's, and not in the home of who tests
     return [
         SiteSpec(
             run=RUN,
@@ -48,7 +50,7 @@ def small_specs(prepared: PreparedCohort, selection: LayerSelection | None = Non
             selection=selection or preset("flap", 4),
             slices=SliceConfig(),
             learning=LearningConfig(local_steps=2, batch_size=4, precision="fp32"),
-            federation=FederationConfig(**{"rounds": 2, "share_pictures": True, **federation}),
+            federation=FederationConfig(**{"rounds": 2, "share_pictures": True, "site_dir": own, **federation}),
             inference_batch=16,
         )
         for site in prepared.cohort.sites

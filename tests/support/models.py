@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.preprocess import PreprocessConfig
 from fedsam_core.data.slices import SliceConfig
 from fedsam_core.sam.adapters import adapt, save_adapter
@@ -34,13 +35,18 @@ def trained_adapter(
         for parameter in segmenter.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    about: dict[str, Any] = {
-        "run": "kits-20261123-141500-ab12cd-9f3e",
-        "cohort": "kits",
+    trained_on: dict[str, Any] = {
+        "name": "kits",
+        "source": "nifti",
         "classes": classes,
         "modality": "ct",
         "synthetic": True,
         "scored_as": {"kidney": ("kidney", "tumour")},
+        "cases": (),
+    }
+    trained_on |= {key: card.pop(key) for key in set(card) & set(trained_on)}
+    about: dict[str, Any] = {
+        "run": "kits-20261123-141500-ab12cd-9f3e",
         "dice": 0.75,
         "dice_by_class": dict.fromkeys(classes, 0.75),
         "preprocess": PREPROCESS,
@@ -48,7 +54,7 @@ def trained_adapter(
         "precision": "fp32",
         **card,
     }
-    save_adapter(segmenter, manifest, folder, describe(segmenter, **about))
+    save_adapter(segmenter, manifest, folder, describe(segmenter, Cohort(**trained_on), **about))
     return folder
 
 

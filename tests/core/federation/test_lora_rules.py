@@ -6,14 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from support.federations import small_cohort, small_federation, small_specs
+from support.federations import flat_mean, put_back, small_cohort, small_federation, small_specs
 
 from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import RoundError
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import InProcessEngine, in_process
+from fedsam_core.federation.lanes import parts_of, private_step
 from fedsam_core.federation.lora_rules import LoraLayer, lora_layers
+from fedsam_core.federation.privacy import Accountant
 from fedsam_core.federation.products import dense
+from fedsam_core.federation.rotation import padded_size
 from fedsam_core.federation.rounds import Federation
 from fedsam_core.federation.site import FederatedSite
 from fedsam_core.learning.learner import Fit
@@ -154,6 +157,21 @@ def test_a_site_lost_between_two_sums_of_a_round_costs_the_lora_step_and_shows_n
     assert not federation.train(2, weight)[0].lora.skipped  # the next round goes on with all
 
 
+@pytest.mark.parametrize("bits", [12, 32])
+def test_a_site_that_is_late_in_every_round_costs_its_own_update_alone(tmp_path: Path, bits: int) -> None:
+    """It has trained, and would have something to say to the later sums: but not to the first."""
+    prepared = small_cohort(tmp_path, sites=4)
+    specs = small_specs(prepared, preset("flap", 2), rule="product-sketch", attempts=1, validate_every=0, bits=bits)
+    engine = Losing(in_process(specs, FederatedSite), "fit", "site-d")
+    federation, _ = small_federation(engine, specs[0])
+    weight = federation.total_weight()
+    for number in (1, 2):
+        step, totals = federation.train(number, weight)
+        assert not step.lora.skipped
+        assert all(total.contributors == ("site-a", "site-b", "site-c") for total in totals)
+        assert totals[0].lost == {"site-d": "the line broke"}
+
+
 @pytest.mark.parametrize("bits", [8, 12, 16, 32])
 def test_every_site_decodes_the_state_that_the_server_has(prepared: PreparedCohort, bits: int) -> None:
     federation = run(prepared, preset("flap", 2), broadcast_bits=bits)
@@ -218,6 +236,16 @@ def test_steps_are_normalized_where_sites_take_different_numbers(
     np.testing.assert_allclose(step.state.vector - federation.manifest.flatten(state), expected, atol=1e-6)
 
 
+def test_the_meter_counts_steps_as_the_update_does(prepared: PreparedCohort) -> None:
+    """`ffa` is exact, so the meter has nothing to show."""
+    specs = small_specs(prepared, LORA, normalize_steps=True, rule="ffa", validate_every=0)
+    epochs = specs[0].learning.model_copy(update={"local_epochs": 0.5, "batch_size": 2})
+    specs = [spec.model_copy(update={"learning": epochs}) for spec in specs]
+    federation, _ = small_federation(in_process(specs, FederatedSite), specs[0])
+    step, _ = federation.train(1, federation.total_weight())
+    assert step.lora.relative < 1e-3
+
+
 def test_scaffolds_common_variate_is_the_weighted_mean_of_the_sites(
     prepared: PreparedCohort, fits: dict[str, Fit], tmp_path: Path
 ) -> None:
@@ -232,6 +260,24 @@ def test_scaffolds_common_variate_is_the_weighted_mean_of_the_sites(
     assert step.state.control is not None
     np.testing.assert_allclose(step.state.control, total, atol=1e-6)
     assert np.abs(total).max() > 1e-4
+
+
+def test_what_coding_leaves_over_of_the_common_variate_is_added_too(
+    prepared: PreparedCohort, fits: dict[str, Fit], tmp_path: Path
+) -> None:
+    """Else each round's rounding would stay in it, and it would no longer be the sites' mean."""
+    federation = run(prepared, scaffold=True, broadcast_bits=8, rounds=4, site_dir=tmp_path)
+    weight = federation.total_weight()
+    total = np.zeros(federation.manifest.shared_size)
+    for number in (1, 2, 3, 4):
+        step, _ = federation.train(number, weight)
+        total += sum(
+            fit.slices / weight * fit.control.astype(np.float64) for fit in fits.values() if fit.control is not None
+        )
+    assert step.state.control is not None
+    left = federation.server.control_residual
+    assert np.abs(left).max() > 1e-6
+    np.testing.assert_allclose(step.state.control + left, total, atol=1e-5)
 
 
 # What stays at the site
@@ -284,18 +330,26 @@ def test_each_site_fine_tunes_a_model_of_its_own_that_stays_with_it(prepared: Pr
     assert len(hashes) == len(prepared.cohort.sites)
 
 
+def test_a_site_s_own_model_is_closed_to_others_whatever_else_it_keeps(
+    prepared: PreparedCohort, tmp_path: Path
+) -> None:
+    federation = run(prepared, preset("flap", 2), personal_steps=1, site_dir=tmp_path)
+    federation.score("test", 0, personal=True)
+    for site in prepared.cohort.sites:
+        assert (tmp_path / "test-run" / site).stat().st_mode & 0o777 == 0o700
+
+
 # Ranks
 
 
 def test_sites_of_a_lower_rank_have_no_part_in_what_they_lack(tmp_path: Path, fits: dict[str, Fit]) -> None:
     prepared = small_cohort(tmp_path, sites=4)
-    federation = run(prepared, preset("lora", 4), site_ranks={"site-a": 2})
+    federation = run(prepared, preset("lora", 4), site_ranks={"site-a": 2}, weights="equal")
     before = federation.server.state.vector.astype(np.float64)
     step, (total,) = federation.train(1, federation.total_weight())
     lanes = {lane.name: lane for lane in total.layout.lanes}
     assert lanes["update/lora.encoder.A[2:4]"].sites == ("site-b", "site-c", "site-d")
     assert lanes["update/lora.encoder.A[0:2]"].sites is None
-    slices = {site: fit.slices for site, fit in fits.items()}
     for layer in lora_layers(federation.manifest):
         for kind, place in (("a", layer.a_place), ("b", layer.b_place)):
             shape = getattr(layer, kind).shape
@@ -304,12 +358,12 @@ def test_sites_of_a_lower_rank_have_no_part_in_what_they_lack(tmp_path: Path, fi
             low, high = (np.s_[:2], np.s_[2:]) if kind == "a" else (np.s_[:, :2], np.s_[:, 2:])
             assert not updates["site-a"][high].any()
             for part, who in ((low, list(fits)), (high, ["site-b", "site-c", "site-d"])):
-                mean = np.average([updates[site][part] for site in who], axis=0, weights=[slices[s] for s in who])
+                mean = np.mean([updates[site][part] for site in who], axis=0)
                 np.testing.assert_allclose(moved[part], mean, atol=1e-6)
 
 
 def test_ranks_that_too_few_sites_have_are_refused(prepared: PreparedCohort) -> None:
-    federation = run(prepared, preset("lora", 4), site_ranks={"site-a": 2})
+    federation = run(prepared, preset("lora", 4), site_ranks={"site-a": 2}, weights="equal")
     with pytest.raises(RoundError, match=r"would be the sum of 2 sites, fewer than 3"):
         federation.train(1, federation.total_weight())
 
@@ -321,12 +375,19 @@ def test_products_of_any_rank_are_summed_alike(prepared: PreparedCohort) -> None
     assert step.lora.relative < 0.5
 
 
+@pytest.mark.parametrize("weights", ["slices", "cases"])
+def test_ranks_by_site_are_refused_where_two_sums_of_weights_would_show_a_site_s(weights: str) -> None:
+    with pytest.raises(ValidationError, match="weights=equal"):
+        FederationConfig(site_ranks={"site-a": 2}, weights=weights)
+    FederationConfig(site_ranks={"site-a": 2}, weights=weights, rule="product-dense")
+
+
 # Privacy
 
 
 def private(prepared: PreparedCohort, folder: Path, **settings: Any) -> Federation:
-    privacy = {"clip": 0.05, "noise_multiplier": 0.01, **settings}
-    return run(prepared, weights="equal", bits=24, privacy=privacy, site_dir=folder)
+    privacy = {"clip": 0.05, "noise_multiplier": settings.pop("noise_multiplier", 0.01)}
+    return run(prepared, **{"weights": "equal", "bits": 24, "privacy": privacy, "site_dir": folder, **settings})
 
 
 def test_a_private_sum_holds_the_noisy_update_and_nothing_else(
@@ -358,6 +419,38 @@ def test_the_noise_of_a_round_is_drawn_once_even_by_a_site_that_restarts(
     assert private(prepared, tmp_path / "other").train(1, 3.0)[0].state.hash != first
 
 
+def test_another_update_of_the_same_round_gets_another_noise(
+    prepared: PreparedCohort, fits: dict[str, Fit], tmp_path: Path
+) -> None:
+    """A driver that asks for a round from two states would else subtract the noise."""
+    federation = private(prepared, tmp_path, noise_multiplier=0.1)
+    state, noises = federation.server.state.tensors, []
+    for shift in (0.0, 1e-3):
+        put_back(federation, {name: value + np.float32(shift) for name, value in state.items()})
+        step, _ = federation.train(1, 3.0)
+        clipped = [fit.update * min(1, 0.05 / np.linalg.norm(fit.update)) for fit in fits.values()]
+        noises.append(flat_mean(federation, step.update) - np.mean(clipped, axis=0))
+    assert abs(np.corrcoef(*noises)[0, 1]) < 0.1
+
+
+def test_epsilon_is_of_the_round_with_most_values(prepared: PreparedCohort, tmp_path: Path) -> None:
+    """RoLoRA's two kinds of rounds have A's values or B's, of which the decoder has fewer."""
+    federation = private(prepared, tmp_path, noise_multiplier=8.0, rule="rolora", bits=20)
+    server = federation.server
+    sizes = {number: parts_of(server.begin(number, 3.0).about, 0)["all"].size for number in (1, 2)}
+    assert sizes[1] < sizes[2]
+    assert server.accountant is not None
+    by_round = []
+    for number in (1, 2):
+        about = server.begin(number, 3.0).about
+        size, step = padded_size(sizes[number]), private_step(about)
+        one = Accountant(about.config.privacy, about.minimum, size, step)  # type: ignore[arg-type]
+        one.spend(3)
+        by_round.append(one.epsilon)
+    server.accountant.spend(3)
+    assert by_round[0] < by_round[1] == server.accountant.epsilon
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -367,6 +460,7 @@ def test_the_noise_of_a_round_is_drawn_once_even_by_a_site_that_restarts(
         ({"normalize_steps": True}, "normalize_steps"),
         ({"site_ranks": {"a": 1}}, "site_ranks"),
         ({"bits": 32}, "bits=24"),
+        ({"secure_sum": "plain"}, "secure_sum=masked"),
     ],
 )
 def test_privacy_is_refused_with_what_has_no_bound(settings: Any, why: str) -> None:

@@ -254,7 +254,7 @@ def test_the_suggested_step_is_the_finest_that_fits(
 
 
 def test_a_ring_without_room_is_refused() -> None:
-    with pytest.raises(UnfitValues, match="take a wider one"):
+    with pytest.raises(UnfitValues, match=r"set federation\.bits to more"):
         suggest_step(make(), 16, 1000, 700, 1000)
     with pytest.raises(UnfitValues, match="take a wider one"):
         suggest_step(make(), 16, 100_000, 70_000, 1000)

@@ -386,6 +386,17 @@ def test_states_are_not_repeated_without_the_first(good: Kept) -> None:
     assert without.unchecked()["all states"].startswith("2 of 2 rounds")
 
 
+def test_a_run_with_control_variates_and_no_sums_is_not_wrong(prepared: PreparedCohort) -> None:
+    """The hash of its states cannot be had from the checkpoint alone."""
+    (spec, *others) = small_specs(prepared, preset("partial-decoder"), scaffold=True, rounds=1, keep_sums=False)
+    run = kept(in_process([spec, *others], FederatedSite), spec)
+    assert not replace(run, sums={}).failed()
+    assert "values of the checkpoint" in replace(run, sums={}).unchecked()
+    other = replace(run, sums={}, note={**run.note, "state_hash": "0" * 64})
+    assert other.failed() == {"checkpoint"}
+    assert "values of the checkpoint" not in run.unchecked()  # with all sums it can
+
+
 def test_sums_in_the_record_itself_give_the_states_too(tiny: Kept) -> None:
     assert replace(tiny, sums={}).ok() == CHECKS
     assert "all states" not in replace(tiny, sums={}).unchecked()
