@@ -1,7 +1,7 @@
 """The Ray engine: asks sites, keeps its own deadline, and says who answered and who is lost."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -13,6 +13,9 @@ from fedsam_core.federation.engine import describe_failure
 # A reply that was ready in time may still have to come over from the site's node after the deadline.
 _FETCH_SECONDS = 30.0
 
+Keep = Callable[[Mapping[str, ActorHandle[Any]]], None]
+"""Takes the actors of a run that is over."""
+
 
 class RayEngine:
     """Carries calls to site actors (`cluster.site.SiteActor`); fulfills `fedsam_core.federation.engine.Engine`.
@@ -21,7 +24,13 @@ class RayEngine:
     Numpy arrays in replies and in shared values are read-only: they lie in Ray's shared memory.
     """
 
-    def __init__(self, actors: Mapping[str, ActorHandle[Any]]) -> None:
+    def __init__(
+        self,
+        actors: Mapping[str, ActorHandle[Any]],
+        keep: Callable[[Mapping[str, ActorHandle[Any]]], None] | None = None,
+    ) -> None:
+        """`keep` is given the idle actors in the end; without it they are ended."""
+        self._keep = keep
         self._actors = {site: actors[site] for site in sorted(actors)}
         # Calls that missed their deadline: the answer to come, and the method.
         self._busy: dict[str, tuple[ray.ObjectRef[Any], str]] = {}
@@ -83,10 +92,14 @@ class RayEngine:
         return {site: replies[site] for site in sorted(replies)}, {site: lost[site] for site in sorted(lost)}
 
     def close(self) -> None:
-        """Ends the site actors for good."""
-        for actor in self._actors.values():
-            ray.kill(actor, no_restart=True)
-        self._actors.clear()
+        """Ends the site actors for good, or hands on those that are idle."""
+        idle = {site: actor for site, actor in self._actors.items() if self._keep and site not in self._busy}
+        for site, actor in self._actors.items():
+            if site not in idle:
+                ray.kill(actor, no_restart=True)
+        if self._keep and idle:
+            self._keep(idle)
+        self._actors = {}
         self._busy.clear()
 
 

@@ -38,6 +38,10 @@ class SiteActor:
     def __repr__(self) -> str:
         return f"site {self._name}"  # Ray's log prefix
 
+    def assign(self, factory: Callable[[Any], Any], spec: Any) -> None:
+        """Begins anew with another specification: what the site held of the run before is gone."""
+        self._factory, self._spec, self._site = factory, spec, None
+
     def _start(self) -> None:
         if self._site is None:
             self._site = self._factory(self._spec)
@@ -65,6 +69,7 @@ def create_sites(
     plan: Mapping[str, ActorOptions],
     factory: Callable[[Any], Any],
     deadline: float = 300.0,
+    pool: "SitePool | None" = None,
 ) -> RayEngine:
     """One actor per specification, placed as planned; returns when all of them are up.
 
@@ -75,10 +80,15 @@ def create_sites(
         plan: from `cluster.placement.plan`, by site.
         factory: makes the plain site object from its specification, inside the actor.
         deadline: seconds to wait for all actors to start.
+        pool: gives actors of an earlier run that had the same sites in the same places, and keeps these for the next.
 
     Raises:
         ClusterError: an actor did not get its place in time, for instance because another run holds the GPUs.
     """
+    if pool is not None and (kept := pool.take(plan)) is not None:
+        for spec in specs:
+            kept[spec.site].assign.remote(factory, spec)  # calls of one actor are done in their order
+        return RayEngine(kept, pool.keep)
     run = uuid.uuid4().hex[:8]
     remote: Any = ray.remote(SiteActor)
     actors = {
@@ -90,7 +100,7 @@ def create_sites(
         ).remote(spec.site, factory, spec)
         for spec in specs
     }
-    engine = RayEngine(actors)
+    engine = RayEngine(actors, None if pool is None else pool.keep)
     end = time.monotonic() + deadline
     pending = {actor.__ray_ready__.remote(): site for site, actor in actors.items()}
     try:
@@ -111,4 +121,40 @@ def create_sites(
     except BaseException:
         engine.close()
         raise
+    if pool is not None:
+        pool.planned(plan)
     return engine
+
+
+class SitePool:
+    """Actors that outlive their run: the next one with the same sites and places need not start processes."""
+
+    def __init__(self) -> None:
+        self._plan: Mapping[str, ActorOptions] | None = None
+        self._actors: Mapping[str, Any] = {}
+
+    def planned(self, plan: Mapping[str, ActorOptions]) -> None:
+        """How the actors that `keep` will be given were placed."""
+        self._plan = plan
+
+    def keep(self, actors: Mapping[str, Any]) -> None:
+        """Takes the actors of a run that is over."""
+        self._actors = actors
+
+    def take(self, plan: Mapping[str, ActorOptions]) -> Mapping[str, Any] | None:
+        """The kept actors, if all of the plan are there and idle; else they are ended, as their places are needed."""
+        actors, self._actors = self._actors, {}
+        if actors and self._plan == plan and set(actors) == set(plan):
+            return actors
+        _end(actors)
+        return None
+
+    def close(self) -> None:
+        """Ends the kept actors."""
+        _end(self._actors)
+        self._actors = {}
+
+
+def _end(actors: Mapping[str, Any]) -> None:
+    for actor in actors.values():
+        ray.kill(actor, no_restart=True)

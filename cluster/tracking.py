@@ -33,7 +33,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from pydantic import Field
 
-from cluster.store import open_store
+from cluster.store import PATIENCE_SECONDS, open_store
 from fedsam_core.errors import StoreError
 from fedsam_core.federation.engine import describe_failure
 from fedsam_core.settings import Settings
@@ -61,20 +61,25 @@ class TrackingConfig(Settings):
     artifact_root: str | None = Field(
         None, description="folder or s3://bucket/prefix for files of a new experiment; unset: the server's, or a folder"
     )
-    s3_endpoint: str | None = Field(None, description="address of an S3 server that is not Amazon's (http://host:port)")
     experiment: str = Field("fedsam", min_length=1, max_length=500, description="MLflow experiment that holds the runs")
 
 
 class Tracking:
     """A tracking server or database, and where the files of its runs go."""
 
-    def __init__(self, config: TrackingConfig, work_dir: Path) -> None:
+    def __init__(self, config: TrackingConfig, work_dir: Path, s3_endpoint: str | None = None) -> None:
         """Contacts nothing.
+
+        Args:
+            config: where runs and their files go.
+            work_dir: has what `config` does not place elsewhere.
+            s3_endpoint: address of an S3 server that is not Amazon's, for files in a bucket.
 
         Raises:
             StoreError: the uri is none that can be used, or carries a password.
         """
         self.config = config
+        self._s3_endpoint = s3_endpoint
         self._work_dir = work_dir.absolute()
         self.uri = config.uri or f"sqlite:///{self._work_dir / 'mlflow.db'}"
         parts = urlsplit(self.uri)
@@ -116,7 +121,7 @@ class Tracking:
             )
         root = experiment.artifact_location if experiment is not None else self.artifact_root
         if root is not None and urlsplit(root).scheme in ("s3", "file", ""):
-            open_store(root, self.config.s3_endpoint).check()
+            open_store(root, self._s3_endpoint).check()
 
     def start(
         self,
@@ -141,7 +146,7 @@ class Tracking:
 
         def begin() -> "RunTracker":
             run = client.create_run(self._experiment_id(client), tags=tags, run_name=name)
-            tracker = RunTracker(client, run.info.run_id, run.info.artifact_uri, self.config.s3_endpoint)
+            tracker = RunTracker(client, run.info.run_id, run.info.artifact_uri, self._s3_endpoint)
             entries = [Param(key, str(value)) for key, value in sorted(params.items())]
             for at in range(0, len(entries), _PARAMS_PER_BATCH):
                 client.log_batch(run.info.run_id, params=entries[at : at + _PARAMS_PER_BATCH])
@@ -160,8 +165,8 @@ class Tracking:
         if self._remote:
             return f"python -m webbrowser {shlex.quote(self.uri)}"
         environment = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false "  # halves the server's memory
-        if self.config.s3_endpoint:
-            environment += f"MLFLOW_S3_ENDPOINT_URL={shlex.quote(self.config.s3_endpoint)} "
+        if self._s3_endpoint:
+            environment += f"MLFLOW_S3_ENDPOINT_URL={shlex.quote(self._s3_endpoint)} "
         program = Path(sys.executable).parent / "mlflow"
         if program.is_relative_to(Path.cwd()):
             program = program.relative_to(Path.cwd())
@@ -215,6 +220,7 @@ class RunTracker:
         self.artifact_uri = artifact_uri
         self._client = client
         self._s3_endpoint = s3_endpoint
+        self._patience = PATIENCE_SECONDS
         self._status: tuple[str, str] | None = None
         self._tables: list[dict[str, str]] = []
         self._silent_until = 0.0
@@ -266,11 +272,15 @@ class RunTracker:
                 log(self.run_id, str(local), folder or None)
                 return
             # Through our own store: its timeouts are bounded, and the endpoint needs no process-wide variable.
-            store = open_store(self.artifact_uri, self._s3_endpoint)
+            store = open_store(self.artifact_uri, self._s3_endpoint, self._patience)
             files = sorted(path for path in local.rglob("*") if path.is_file()) if local.is_dir() else [local]
             base = local if local.is_dir() else local.parent
-            for file in files:
-                store.put_file(file, "/".join(part for part in (folder, file.relative_to(base).as_posix()) if part))
+            try:
+                for file in files:
+                    store.put_file(file, "/".join(part for part in (folder, file.relative_to(base).as_posix()) if part))
+            except StoreError:
+                self._patience = 0.0  # waited for once, not once a file
+                raise
 
         self._attempt(f"file {local.name}", keep)
 

@@ -55,3 +55,7 @@ class ClusterError(FedsamError):
 
 class StoreError(FedsamError):
     """An object store or tracking server cannot be used."""
+
+
+class TrialError(FedsamError):
+    """Trials of a study failed; the others have been run."""

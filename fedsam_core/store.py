@@ -46,6 +46,15 @@ class Store(Protocol):
         """Stores bytes."""
         ...
 
+    def create(self, key: str, data: bytes) -> bool:
+        """Stores bytes unless there is such an object: of several writers at once one wins.
+
+        Returns:
+            Whether the object has these bytes now: true also for one who wrote them before and never got the answer.
+            Writers that must tell each other apart write something of their own.
+        """
+        ...
+
     def read_bytes(self, key: str) -> bytes:
         """The whole object."""
         ...
@@ -95,6 +104,22 @@ class LocalStore:
             write_atomic(self._path(key), data)
         except DataError as error:  # says which disk is full, or may not be written
             raise StoreError(str(error)) from error
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        part = path.parent / f"{UNFINISHED}{uuid.uuid4().hex}"
+        try:
+            write_atomic(part, data)
+            os.link(part, path)  # unlike a rename, it never replaces
+        except DataError as error:
+            raise StoreError(str(error)) from error
+        except FileExistsError:
+            return self.read_bytes(key) == data
+        except OSError as error:
+            raise StoreError(local_problem(error)) from error
+        finally:
+            part.unlink(missing_ok=True)
+        return True
 
     def read_bytes(self, key: str) -> bytes:
         with self._explained(key):
@@ -158,6 +183,8 @@ def whole(path: Path) -> Iterator[Path]:
     part = path.parent / f"{UNFINISHED}{uuid.uuid4().hex}"
     try:
         yield part
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

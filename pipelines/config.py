@@ -28,15 +28,24 @@ class EngineConfig(Settings):
 
     kind: Literal["ray", "in-process"] = Field("ray", description="ray: an actor a site; in-process: no Ray at all")
     site: SiteNeeds = Field(SiteNeeds(), description="what a site's actor books")
+    workers: int = Field(
+        1, ge=1, description="for `centralize`: processes that share each batch; each books what a site does"
+    )
 
 
 class StorageConfig(Settings):
-    """Where prepared cohorts are kept. Keys come from the environment (AWS_ACCESS_KEY_ID, ...) or an AWS profile."""
+    """Where prepared cohorts, runs and studies are kept. Keys come from the environment (AWS_ACCESS_KEY_ID, ...), an
+    AWS profile or an instance's role."""
 
     prepared: str | None = Field(
         None, description="folder or s3://bucket/prefix for prepared cohorts; unset: <work_dir>/cohorts"
     )
-    s3_endpoint: str | None = Field(None, description="address of an S3 server that is not Amazon's (http://host:port)")
+    results: str | None = Field(
+        None, description="folder or s3://bucket/prefix that keeps runs and studies; unset: work_dir"
+    )
+    s3_endpoint: str | None = Field(
+        None, description="address of an S3 server that is not Amazon's (http://host:port), of MLflow's files too"
+    )
 
 
 class EvaluationConfig(Settings):
@@ -71,7 +80,7 @@ class Config(Settings):
     federation: FederationConfig = Field(FederationConfig(), description="rounds, secure sum, disclosure")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how volumes are scored")
     engine: EngineConfig = Field(EngineConfig(), description="Ray or one process")
-    storage: StorageConfig = Field(StorageConfig(), description="where prepared cohorts are kept")
+    storage: StorageConfig = Field(StorageConfig(), description="where cohorts, runs and studies are kept")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
 
     @model_validator(mode="after")
@@ -138,7 +147,7 @@ def load_config(source: str | None, overrides: list[str] | None = None) -> Confi
     Raises:
         ConfigError: a file that is missing or no YAML, an unknown key, a wrong value; names the key and the fix.
     """
-    tree = _read(source) if source else {}
+    tree = read_tree(configs().get(source, Path(source)), f"experiments {', '.join(configs())}") if source else {}
     for override in overrides or []:
         _apply(tree, override)
     _absolute_paths(tree)
@@ -158,7 +167,7 @@ def configs() -> dict[str, Path]:
 
 def as_overrides(config: Config) -> list[str]:
     """The overrides that make this configuration from nothing, for a process that shares no files with this one."""
-    return [f"{key}={_inline(value)}" for key, value in flatten(_differences(config)).items()]
+    return [f"{key}={inline(value)}" for key, value in flatten(_differences(config)).items()]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -183,7 +192,7 @@ def describe(
         if nested is not None and nested is not LayerSelection:
             rows += describe(nested, f"{prefix}{name}.", "unset" if field.default is None else "required")
         else:
-            default = required if field.is_required() else _inline(field.get_default(call_default_factory=True))
+            default = required if field.is_required() else inline(field.get_default(call_default_factory=True))
             rows.append((prefix + name, default, field.description or ""))
     return rows
 
@@ -198,15 +207,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(source: str) -> dict[str, Any]:
-    known = configs()
-    path = known.get(source, Path(source))
+def read_tree(path: Path, committed: str) -> dict[str, Any]:
+    """A YAML file of keys; `committed` says what there is instead where it does not exist.
+
+    Raises:
+        ConfigError: no such file, or it is no YAML, or holds no keys.
+    """
     try:
         tree = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"no configuration {source}: give a YAML file, or one of the experiments {', '.join(known)}"
-        ) from error
+        raise ConfigError(f"no configuration {path}: give a YAML file, or one of the {committed}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if tree is None:
@@ -244,8 +254,9 @@ def _absolute_paths(tree: dict[str, Any]) -> None:
         for site, folder in folders.items():
             folders[site] = os.path.abspath(os.path.expanduser(folder)) if isinstance(folder, str) else folder
     storage = tree.get("storage")
-    if isinstance(storage, dict) and isinstance(storage.get("prepared"), str) and "://" not in storage["prepared"]:
-        storage["prepared"] = os.path.abspath(os.path.expanduser(storage["prepared"]))
+    for key in ("prepared", "results"):
+        if isinstance(storage, dict) and isinstance(storage.get(key), str) and "://" not in storage[key]:
+            storage[key] = os.path.abspath(os.path.expanduser(storage[key]))
     tracking = tree.get("tracking")
     if isinstance(tracking, dict):
         uri, root = tracking.get("uri"), tracking.get("artifact_root")
@@ -288,8 +299,8 @@ def _differences(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_unset=True)
 
 
-def _inline(value: Any) -> str:
-    """A value as YAML on one line."""
+def inline(value: Any) -> str:
+    """A value as YAML on one line, as an override has it."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     if isinstance(value, Path):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import fedsam_core
-from cluster.tracking import RunTracker, Tracking
+from cluster.tracking import RunTracker
 from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import CheckpointError, DataError
@@ -36,7 +36,7 @@ from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.config import Config
-from pipelines.federate import code_hash, run_params
+from pipelines.federate import code_hash, open_tracking, run_params
 from pipelines.prepare import prepared_cohort
 from pipelines.recorder import inputs_of
 from pipelines.run_folder import RunFolder
@@ -48,7 +48,7 @@ Summary = dict[str, Any]
 def run(config: Config) -> None:
     """Scores every case of the split, records it, and prints the table."""
     adapter = find_adapter(config)
-    tracking = Tracking(config.tracking, config.work_dir)
+    tracking = open_tracking(config)
     tracking.check()  # before hours are spent; from then on a server that is away costs a warning
     with console.Bars() as bars:
         prepared = prepared_cohort(config, bars)

@@ -1,19 +1,20 @@
 """Stage `federate`: sites train adapter layers in rounds; only the masked sum of their updates is ever opened."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
+from types import MappingProxyType
 from typing import Any
 
 import fedsam_core
 from cluster.driver import drive
 from cluster.placement import cluster_nodes, plan, preflight
 from cluster.session import ray_session
-from cluster.site import create_sites
+from cluster.site import SitePool, create_sites
 from cluster.tracking import Tracking
 from fedsam_core.errors import ClusterError, ConfigError
 from fedsam_core.federation.engine import Engine, describe_failure, in_process
@@ -31,6 +32,7 @@ from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
+from pipelines.commits import RunCommits, check_results, results_store
 from pipelines.config import Config, flatten
 from pipelines.prepare import prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder
@@ -68,7 +70,32 @@ def check(config: Config) -> None:
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
     roster_tag(config)  # a roster that cannot be read
-    Tracking(config.tracking, config.work_dir).check()
+    open_tracking(config).check()
+    if config.storage.results is not None:
+        check_results(results_store(config))
+
+
+def check_sites(config: Config, sites: Sequence[str]) -> None:
+    """Finds out whether these sites can make a federation.
+
+    Raises:
+        FedsamError: they are too few for a secure sum, or the configuration or the roster does not fit them.
+    """
+    if len(sites) < SMALLEST_PRIVATE_SUM and config.federation.secure_sum == "masked":
+        raise ConfigError(
+            f"cohort {config.cohort.name} has {len(sites)} sites, but a secure sum needs at least "
+            f"{SMALLEST_PRIVATE_SUM} sites, as a sum of two shows each the other's update: add a site, or set "
+            "federation.secure_sum=plain"
+        )
+    if unknown := sorted(set(config.federation.site_ranks) - set(sites)):
+        raise ConfigError(
+            f"federation.site_ranks names {unknown[0]}, which is no site of cohort {config.cohort.name}: its sites are "
+            f"{', '.join(sites)}"
+        )
+    if config.federation.roster is not None:
+        roster = read_roster(config.federation.roster)
+        for site in sites:
+            roster.key(site)  # a site that it does not list is an error now, not when all models are loaded
 
 
 def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
@@ -77,25 +104,11 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
     Raises:
         FedsamError: what is wrong, in one line; nothing half-written is left under a final name.
     """
-    if len(cohort.sites) < SMALLEST_PRIVATE_SUM and config.federation.secure_sum == "masked":
-        raise ConfigError(
-            f"cohort {config.cohort.name} has {len(cohort.sites)} sites, but a secure sum needs at least "
-            f"{SMALLEST_PRIVATE_SUM} sites, as a sum of two shows each the other's update: add a site, or set "
-            "federation.secure_sum=plain"
-        )
-    if unknown := sorted(set(config.federation.site_ranks) - set(cohort.sites)):
-        raise ConfigError(
-            f"federation.site_ranks names {unknown[0]}, which is no site of cohort {config.cohort.name}: its sites are "
-            f"{', '.join(cohort.sites)}"
-        )
-    if config.federation.roster is not None:
-        roster = read_roster(config.federation.roster)
-        for site in cohort.sites:
-            roster.key(site)  # a site that it does not list is an error now, not when all models are loaded
+    check_sites(config, cohort.sites)
     # The driver is told names and hashes; which cases there are, and how many slices, stays with the sites.
     cohort = replace(cohort, described=cohort.described.model_copy(update={"problems": ()}))
     if config.engine.kind == "in-process":
-        return run_federation(config, cohort, lambda specs: in_process(specs, _site_factory(config)), emit)
+        return run_federation(config, cohort, lambda specs: in_process(specs, site_factory(config)), emit)
     preflight(cohort.sites, cluster_nodes(), config.engine.site)
     tracked: list[str] = []
 
@@ -104,17 +117,24 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
         emit(event)
 
     try:
-        result: Outcome = drive(partial(run_federation, config, cohort, partial(_ray_engine, config)), look_on)
+        result: Outcome = drive(partial(run_federation, config, cohort, partial(ray_engine, config, None)), look_on)
     except (KeyboardInterrupt, SystemExit, ClusterError) as error:
         # The driver is gone and cannot close its MLflow run itself.
         for run_id in tracked:
-            Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
+            open_tracking(config).end(run_id, "KILLED", describe_failure(error))
         raise
     return result
 
 
-def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine, emit: Emit) -> Outcome:
-    """The run itself: wherever this executes is the driver."""
+def run_federation(
+    config: Config,
+    about: PreparedSites,
+    open_engine: OpenEngine,
+    emit: Emit,
+    parent: str | None = None,
+    more_tags: Mapping[str, str] = MappingProxyType({}),
+) -> Outcome:
+    """The run itself: wherever this executes is the driver. `parent` is the MLflow run of the study it belongs to."""
     cohort = about.described
     segmenter, manifest, state = initial_model(config, len(cohort.classes))
     check_ranks(config, manifest, about.sites)
@@ -133,18 +153,21 @@ def run_federation(config: Config, about: PreparedSites, open_engine: OpenEngine
         devices = ", ".join(sorted({site["device"] for site in federation.sites.values()}))
         emit(Event(f"sites are open on {devices}; sums are {config.federation.secure_sum}"))
         tags = {
+            **more_tags,
             **run_tags(config, about, manifest, segmenter, config_hash),
             "fedsam.device": devices,
             "fedsam.precision": next(site["precision"] for site in federation.sites.values()),
         }
-        tracking = Tracking(config.tracking, config.work_dir)
+        tracking = open_tracking(config)
         settled = config.model_copy(update={"preprocess": about.config})  # what a cohort left open, by its value
-        with tracking.start(run_id, run_params(settled), tags) as tracker:
+        with tracking.start(run_id, run_params(settled), tags, parent) as tracker:
             emit(
                 Event(f"MLflow run {tracker.run_id} in experiment {config.tracking.experiment}", tracked=tracker.run_id)
             )
             folder = RunFolder(config.work_dir / "runs" / run_id)
-            recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config)
+            kept = config.storage.results is not None
+            commits = RunCommits(results_store(config), folder.path, run_id) if kept else None
+            recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config, commits)
             try:
                 recorder.begin(federation.score("test", 0), federation.score("val", 0))
                 run_rounds(federation, recorder.after_round)
@@ -181,6 +204,11 @@ def check_ranks(config: Config, manifest: ParameterManifest, sites: Sequence[str
                 f"{federation.min_contributors}: give more sites that rank, lower the selection's rank, or set "
                 "federation.rule=product-sketch"
             )
+
+
+def open_tracking(config: Config) -> Tracking:
+    """Where MLflow runs go; nothing is contacted yet."""
+    return Tracking(config.tracking, config.work_dir, config.storage.s3_endpoint)
 
 
 def initial_model(config: Config, classes: int) -> tuple[SamSegmenter, ParameterManifest, State]:
@@ -291,12 +319,13 @@ def _print(bars: console.Bars, event: Event) -> None:
         bars("rounds", event.done, event.total)
 
 
-def _ray_engine(config: Config, specs: Sequence[SiteSpec]) -> Engine:
+def ray_engine(config: Config, pool: SitePool | None, specs: Sequence[SiteSpec]) -> Engine:
+    """The sites as Ray actors; those of `pool`, if it has them."""
     placed = plan([spec.site for spec in specs], cluster_nodes(), config.engine.site)
-    return create_sites(specs, placed, _site_factory(config))
+    return create_sites(specs, placed, site_factory(config), pool=pool)
 
 
-def _site_factory(config: Config) -> Callable[[SiteSpec], FederatedSite]:
+def site_factory(config: Config) -> Callable[[SiteSpec], FederatedSite]:
     return partial(FederatedSite, open_store=store_opener(config))
 
 

@@ -1,8 +1,8 @@
 """Writes what a federation gives, while it runs: to its folder, to MLflow, and to whoever looks on."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,8 +17,9 @@ from fedsam_core.federation.summation import RECORDED_BYTES
 from fedsam_core.sam.adapters import load_shared_state, save_adapter
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.trained import describe
+from pipelines.commits import UNSENT, RunCommits, round_place
 from pipelines.config import Config
-from pipelines.run_folder import SUMS, RunFolder, sum_file
+from pipelines.run_folder import RECORD, SUMS, RunFolder, sum_file
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Event:
         text: a line for the log.
         done, total: rounds that are finished, of how many.
         tracked: id of the MLflow run, told once: whoever looks on closes that run should the driver be killed.
+        numbers: of the round that has just been done: "dice" on the validation cases, "bytes_up", "bytes_down" so far.
     """
 
     text: str
     done: int = 0
     total: int = 0
     tracked: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 Emit = Callable[[Event], None]
@@ -50,6 +53,8 @@ class Outcome:
         before, after: Dice on the test cases, before the first and after the last round: "dice" and "per_class" over
             all sites, from the masked sum; "per_site", "macro_dice" and "cases" from the sites that tell.
         bytes_up, bytes_down: serialized messages of a training round, mean over rounds, all sites together.
+        total_up, total_down: of the whole run, scoring included.
+        curve: (round, validation Dice), round 0 before the first.
         trained: parameters trained and sent.
         rounds: how many.
         minutes: from the first to the last score.
@@ -63,6 +68,9 @@ class Outcome:
     after: dict[str, Any]
     bytes_up: float
     bytes_down: float
+    total_up: int
+    total_down: int
+    curve: tuple[tuple[int, float | None], ...]
     trained: int
     rounds: int
     minutes: float
@@ -82,8 +90,13 @@ class Recorder:
         tracker: RunTracker,
         emit: Emit,
         preprocess: PreprocessConfig,
+        commits: RunCommits | None = None,
     ) -> None:
-        """`preprocess` is what the sites' shares were prepared with: the configuration may leave something open."""
+        """A recorder of one run.
+
+        `preprocess` is what the sites' shares were prepared with: the configuration may leave something open.
+        `commits` keeps each round in the results store, where the run's folder is not all that is wanted.
+        """
         self._config = config
         self._preprocess = preprocess
         self._cohort = cohort
@@ -91,9 +104,11 @@ class Recorder:
         self._folder = folder
         self._tracker = tracker
         self._emit = emit
+        self._commits = commits
         self._rounds: list[dict[str, Any]] = []
         self._layers: list[dict[str, Any]] = []  # a row a round and layer with LoRA
         self._epsilon: float | None = None
+        self._curve: list[tuple[int, float | None]] = []
         self._recorded = 0  # lines of the record that are in its file
         self._started = monotonic()
 
@@ -104,7 +119,9 @@ class Recorder:
         self._folder.write("manifest.json", self._federation.manifest.to_json().encode())
         self._folder.write("initial.safetensors", pack_state(self._federation.manifest, self._state()))
         self.keep_record()
+        self._commit(0, ["config.yaml", "manifest.json", "initial.safetensors"])
         self._tracker.log_round(0, self._validation_metrics(validation))
+        self._curve.append((0, _known(validation.mean_dice)))
         self._emit(
             Event(f"before training: test Dice {_number(self._before['dice'])}", 0, self._config.federation.rounds)
         )
@@ -112,10 +129,12 @@ class Recorder:
     def after_round(self, report: RoundReport, state: GlobalState) -> None:
         """After each round: checkpoint, tables, metrics, a line."""
         manifest, ledger = self._federation.manifest, self._federation.ledger
+        sums = []
         if self._config.federation.keep_sums:
             for total in report.totals:
                 if len(total.packed) > RECORDED_BYTES:  # else it stands in the record itself
-                    self._folder.write(sum_file(total.entry), total.packed)
+                    sums.append(sum_file(total.entry))
+                    self._folder.write(sums[-1], total.packed)
         self.keep_record()
         note = {
             "round": str(report.round),
@@ -152,14 +171,19 @@ class Recorder:
         self._rounds.append(row | {"lost": "; ".join(f"{s}: {why}" for s, why in report.lost.items())} | metrics)
         self._folder.write_table("rounds.csv", self._rounds)
         self._folder.write_table("ledger.csv", ledger.rows())
+        self._commit(report.round, ["state.safetensors", "rounds.csv", "ledger.csv", "layers.csv", *sums])
         for why in report.failed:
             self._emit(Event(f"round {report.round}: an attempt failed and was repeated with fresh keys ({why})"))
         for site, why in report.lost.items():
             self._emit(Event(f"round {report.round}: went on without {site} ({why})"))
+        numbers = {"bytes_up": float(ledger.total("up")), "bytes_down": float(ledger.total("down"))}
+        if report.validation is not None:
+            self._curve.append((report.round, _known(report.validation.mean_dice)))
+            numbers |= {} if math.isnan(report.validation.mean_dice) else {"dice": report.validation.mean_dice}
         dice = "" if report.validation is None else f" validation Dice {_number(report.validation.mean_dice)},"
         loss = "" if math.isnan(report.loss) else f" loss {report.loss:.3f},"
         line = f"round {report.round}:{loss}{dice} {sum(report.seconds.values()):.0f} s"
-        self._emit(Event(line, report.round, self._config.federation.rounds))
+        self._emit(Event(line, report.round, self._config.federation.rounds, numbers=numbers))
 
     def finish(self, segmenter: SamSegmenter, test: Scores, personal: Scores | None, ui: str) -> Outcome:
         """After the last round: adapter, scores, pictures, and the outcome."""
@@ -193,6 +217,9 @@ class Recorder:
             after=after,
             bytes_up=sum(up for up, _ in training) / len(training),
             bytes_down=sum(down for _, down in training) / len(training),
+            total_up=federation.ledger.total("up"),
+            total_down=federation.ledger.total("down"),
+            curve=tuple(self._curve),
             trained=federation.manifest.trainable,
             rounds=config.federation.rounds,
             minutes=(monotonic() - self._started) / 60,
@@ -205,15 +232,27 @@ class Recorder:
         self._tracker.set_tags({"fedsam.record_head": head})  # where whoever changes the run's folder cannot reach it
         self._tracker.log_round(config.federation.rounds, self._final_metrics(after))
         if outcome.personal is not None:
-            own = _metrics("test/dice_personal", "test_dice_personal", outcome.personal)
+            own = dice_metrics("test/dice_personal", "test_dice_personal", outcome.personal)
             self._tracker.log_round(config.federation.rounds, own)
         self._tracker.log_table("rounds", self._rounds)
         if rows:
             self._tracker.log_table("scores", rows)
         for path in sorted(self._folder.path.iterdir()):
-            if path.name != SUMS:  # as large as all rounds together: they stay in the folder
+            if path.name not in (SUMS, UNSENT):  # as large as all rounds together: they stay in the folder
                 self._tracker.log_artifact(path, path.name if path.is_dir() else "")
+        if self._commits is not None:
+            files = [path for part in ("adapter", "pictures") for path in sorted((self._folder.path / part).rglob("*"))]
+            names = [path.relative_to(self._folder.path).as_posix() for path in files]
+            self._commits.finish([*names, "ledger.csv", "scores.csv", "summary.json"], federation.record.lines)
+            self._emit(Event(f"the run is kept in {self._commits.url}"))
         return outcome
+
+    def _commit(self, number: int, names: list[str]) -> None:
+        """Keeps a round in the results store; one that is away is waited for with the next round."""
+        if self._commits is None:
+            return
+        if why := self._commits.commit(round_place(number), names, self._federation.record.lines):
+            self._emit(Event(f"round {number} is not in the results store yet, and goes with the next ({why})"))
 
     def _state(self) -> dict[str, Any]:
         return self._federation.server.state.tensors
@@ -234,28 +273,32 @@ class Recorder:
     def keep_record(self) -> None:
         """Adds to the file what the record has grown by."""
         lines = self._federation.record.lines
-        self._folder.append("record.jsonl", b"".join(line + b"\n" for line in lines[self._recorded :]))
+        self._folder.append(RECORD, b"".join(line + b"\n" for line in lines[self._recorded :]))
         self._recorded = len(lines)
 
     def _summary(self, scores: Scores) -> dict[str, Any]:
-        told = [group["dice"] for group in scores.by_site.values() if group["dice"] is not None]
-        return {
-            "dice": _known(scores.mean_dice),
-            "per_class": {
-                name: {"dice": _known(dice)} for name, dice in zip(self._cohort.classes, scores.dice, strict=True)
-            },
-            "per_site": scores.by_site,
-            "macro_dice": sum(told) / len(told) if told else None,
-            "cases": sum(group["cases"] for group in scores.by_site.values()),
-        }
+        return summary_of(scores, self._cohort.classes)
 
     def _validation_metrics(self, scores: Scores) -> dict[str, float]:
-        return _metrics("val/dice", "dice", self._summary(scores))
+        return dice_metrics("val/dice", "dice", self._summary(scores))
 
     def _final_metrics(self, after: dict[str, Any]) -> dict[str, float]:
-        return _metrics("test/dice", "test_dice", after) | _metrics(
+        return dice_metrics("test/dice", "test_dice", after) | dice_metrics(
             "test/dice_before", "test_dice_before", self._before
         )
+
+
+def summary_of(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
+    """Scores as a run's tables tell them: "dice" and "per_class" over all cases; "per_site", "macro_dice" and "cases"
+    from the sites that tell."""
+    told = [group["dice"] for group in scores.by_site.values() if group["dice"] is not None]
+    return {
+        "dice": _known(scores.mean_dice),
+        "per_class": {name: {"dice": _known(dice)} for name, dice in zip(classes, scores.dice, strict=True)},
+        "per_site": scores.by_site,
+        "macro_dice": sum(told) / len(told) if told else None,
+        "cases": sum(group["cases"] for group in scores.by_site.values()),
+    }
 
 
 def site_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -279,7 +322,7 @@ def inputs_of(config: Config, preprocess: PreprocessConfig) -> dict[str, Any]:
     }
 
 
-def _metrics(overall: str, by_site: str, summary: dict[str, Any]) -> dict[str, float]:
+def dice_metrics(overall: str, by_site: str, summary: dict[str, Any]) -> dict[str, float]:
     """Flat metric names: `overall`, `overall`_CLASS, site/ID/`by_site`. What could not be scored is left out."""
     named = {overall: summary["dice"]}
     named |= {f"{overall}_{name}": group["dice"] for name, group in summary["per_class"].items()}

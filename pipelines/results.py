@@ -28,6 +28,10 @@ class TrialResult(Settings):
     group: str = Field(description="what the trial is, apart from its seed: a row of the table")
     kind: Kind = "federated"
     selection: str
+    layers: dict[str, Any] = Field({}, description="the selection, written out")
+    parts: dict[str, int] = Field(
+        {}, description="trainable values by place and component, like encoder.3.lora_q; `pipelines.parts` makes it"
+    )
     rule: str = "factors"
     rank: int = 0
     bits: int = 32

@@ -8,6 +8,7 @@ rounds.csv     a row a round                          ledger.csv         bytes b
 layers.csv     a row a round and LoRA layer: how exact the rule was
 scores.csv     a row a test case                      summary.json       Dice before and after, bytes, minutes
 pictures/      an overlay a site, Dice by site
+unsent/        what `storage.results` has not taken yet (`pipelines.commits`)
 """
 
 import csv
@@ -25,6 +26,7 @@ import yaml
 from fedsam_core.data.files import write_atomic, write_failed
 
 SUMS = "sums"
+RECORD = "record.jsonl"
 
 
 def sum_file(entry: int) -> str:

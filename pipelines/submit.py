@@ -15,7 +15,7 @@ from fedsam_core.errors import ClusterError
 from pipelines.config import Config, as_overrides
 from pipelines.stage import add_config_arguments, config_from, guarded
 
-STAGES = ("prepare", "federate", "evaluate")
+STAGES = ("prepare", "federate", "centralize", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,8 +1,10 @@
-"""What FedProx and SCAFFOLD add to a site's gradients, so that its local steps drift less from the other sites'.
+"""What FedProx and SCAFFOLD add to a site's gradients, so that its local steps drift less from the other sites'; and
+what a site of a lower rank leaves out of them.
 
-Both work on any parameters with any optimiser. The order within a step is: backward, `correct()`, clip the gradient
-norm, optimiser step. Clipping comes last, so that it bounds what the optimiser really takes; it is the raw gradient
-that SCAFFOLD learns from, so that a clipped step does not teach it a shortened one. With both, SCAFFOLD goes first.
+The first two work on any parameters with any optimiser. The order within a step is: backward, `correct()`, clip the
+gradient norm, optimiser step. Clipping comes last, so that it bounds what the optimiser really takes; it is the raw
+gradient that SCAFFOLD learns from, so that a clipped step does not teach it a shortened one. With both, SCAFFOLD goes
+first.
 
 Where a site trains by AdamW, the corrected gradient goes through its moments like any other. The closed forms of the
 papers are for SGD; their idea, local gradients that add up to the global one, holds for any optimiser.
@@ -103,3 +105,18 @@ class ControlVariate:
         if self._steps == 0:
             raise TrainingError("SCAFFOLD has seen no step: set learning.local_steps to 1 or more")
         return [total / self._steps for total in self._sums]
+
+
+class Holes:
+    """What a site of a lower rank does not have stays at zero: gradients there are set to zero."""
+
+    def __init__(self, missing: Sequence[tuple[Parameter, torch.Tensor]]) -> None:
+        """Parameters, and where (bool, of their shape) they are missing."""
+        self._missing = list(missing)
+
+    @torch.no_grad()
+    def correct(self) -> None:
+        """After all other corrections, before clipping."""
+        for parameter, missing in self._missing:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(missing, 0.0)

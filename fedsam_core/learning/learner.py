@@ -15,9 +15,10 @@ from fedsam_core.data.slices import SliceDataset
 from fedsam_core.errors import TrainingError
 from fedsam_core.hashing import derive_seed
 from fedsam_core.learning.config import LearningConfig
-from fedsam_core.learning.corrections import ControlVariate, Proximal
+from fedsam_core.learning.corrections import ControlVariate, Holes, Proximal
 from fedsam_core.learning.device import autocast_dtype
 from fedsam_core.learning.schedule import learning_rate
+from fedsam_core.learning.steps import fit_steps
 from fedsam_core.sam.adapters import (
     load_local_state,
     load_shared_state,
@@ -89,9 +90,12 @@ class Learner:
         dataset: SliceDataset,
         config: LearningConfig,
         device: torch.device,
+        who: str | None = None,
     ) -> None:
+        """`site` decides the random draws; `who` learns, in errors, unless it is that site."""
+        self.who = who or f"site {site}"
         if len(dataset) == 0:
-            raise TrainingError(f"site {site} has no training slice: give it a training case or leave the site out")
+            raise TrainingError(f"{self.who} has no training slice: give it a training case or leave the site out")
         self.site = site
         self.segmenter = segmenter.to(device)
         self.manifest = manifest
@@ -135,33 +139,33 @@ class Learner:
             parameters = [parameter for _, parameter in trained]
             optimizer = self._optimizer(trained, assignment)
             corrections = self._corrections(trained, assignment)
-            holes = self._holes(trained, assignment)
             round_seed = derive_seed(seed, "fit", round_number, self.site)
             steps = self.steps if assignment.steps is None else assignment.steps
-            batches = self._draw_batches(np.random.default_rng(round_seed), steps)
-            losses = []
-            overlap = torch.zeros(2, self.segmenter.classes, dtype=torch.float64, device=self.device)
-            for step, indices in enumerate(batches):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(self.config, round_number, rounds, step, steps)
-                where = f"round {round_number}, step {step + 1}"
-                loss, overlaps = self._step(
-                    parameters, corrections, holes, indices, derive_seed(round_seed, step), where
-                )
-                optimizer.step()
-                losses.append(loss)
-                overlap += overlaps / len(batches)
+            loss, overlap = fit_steps(
+                self.segmenter,
+                self.dataset,
+                self._draw_batches(np.random.default_rng(round_seed), steps),
+                [learning_rate(self.config, round_number, rounds, step, steps) for step in range(steps)],
+                optimizer,
+                self.loss,
+                parameters=parameters,
+                corrections=[*corrections, *self._holes(trained, assignment)],
+                gradient_clip=self.config.gradient_clip,
+                autocast=self.autocast,
+                device=self.device,
+                seed=round_seed,
+                who=self.who,
+                round_number=round_number,
+            )
             kept, control = self._keep(trained, optimizer, corrections, assignment)
         update = self.manifest.flatten(shared_state(self.segmenter, self.manifest)) - start
         numerator, denominator = overlap.cpu().numpy()
-        return Fit(update, len(self.dataset), float(np.mean(losses)), numerator, denominator, steps, control, kept)
+        return Fit(update, len(self.dataset), loss, numerator, denominator, steps, control, kept)
 
     @property
     def steps(self) -> int:
         """Of the optimiser in a round."""
-        if self.config.local_epochs is None:
-            return self.config.local_steps
-        return max(1, math.ceil(self.config.local_epochs * len(self.dataset) / self._batch))
+        return steps_of(self.config, len(self.dataset))
 
     def load(self, state: Mapping[str, Array], assignment: Assignment) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Puts the global state and the site's own local values into the model; the former's flat vector, float32, as
@@ -179,7 +183,7 @@ class Learner:
 
     @property
     def _batch(self) -> int:
-        return min(self.config.batch_size, len(self.dataset))
+        return batch_of(self.config, len(self.dataset))
 
     @contextmanager
     def _trained(self, kinds: Collection[Kind]) -> Iterator[list[tuple[ManifestEntry, torch.nn.Parameter]]]:
@@ -242,18 +246,19 @@ class Learner:
 
     def _holes(
         self, trained: Sequence[tuple[ManifestEntry, torch.nn.Parameter]], assignment: Assignment
-    ) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """What a site of a lower rank has not: parameters, and where (bool) their gradient is to be zero."""
+    ) -> list[Holes]:
+        """What a site of a lower rank has not: its gradient is to be zero."""
         if assignment.beyond is None or not assignment.beyond.size:
             return []
         flat = np.zeros(self.manifest.shared_size, np.float32)
         flat[assignment.beyond] = 1.0
         missing = self.manifest.unflatten(flat)
-        return [
+        found = [
             (parameter, torch.from_numpy(missing[entry.name] > 0).to(self.device))
             for entry, parameter in trained
             if entry in self._shared and missing[entry.name].any()
         ]
+        return [Holes(found)]
 
     def _keep(
         self,
@@ -282,38 +287,6 @@ class Learner:
                 change = self.manifest.flatten(changes)
         return kept, change
 
-    def _step(
-        self,
-        parameters: list[torch.nn.Parameter],
-        corrections: Sequence[Proximal | ControlVariate],
-        holes: Sequence[tuple[torch.nn.Parameter, torch.Tensor]],
-        indices: np.ndarray[Any, np.dtype[np.int64]],
-        seed: int,
-        where: str,
-    ) -> tuple[float, torch.Tensor]:
-        """The gradient of a batch, corrected and clipped; its loss and overlaps."""
-        images, labels = self.dataset.batch(indices, seed=seed, train=True)
-        images, labels = images.to(self.device), labels.to(self.device)
-        self.segmenter.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            logits = self.segmenter(images)
-        loss = self.loss(logits.float(), labels[:, None])
-        loss.backward()
-        for correction in corrections:
-            correction.correct()
-        for parameter, missing in holes:
-            if parameter.grad is not None:
-                parameter.grad.masked_fill_(missing, 0.0)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip or float("inf"))
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            what = "the loss" if not torch.isfinite(loss) else "a gradient"
-            raise TrainingError(
-                f"site {self.site}: {what} is not finite in {where}; nothing of this "
-                f"round is sent. Lower learning.learning_rate ({self.config.learning_rate:g}), or set "
-                "learning.precision=fp32"
-            )
-        return float(loss.detach()), _overlap(logits.detach(), labels)
-
     def _draw_batches(self, rng: np.random.Generator, steps: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         """Slice indices of every step: of all of them `empty_share` without any structure, the others with one.
 
@@ -333,19 +306,16 @@ class Learner:
         ]
 
 
-def _overlap(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Numerator and denominator of the Dice of each foreground class, as shares of the pixels: float64 [2, classes].
+def batch_of(config: LearningConfig, slices: int) -> int:
+    """Slices of a step, at a site that has so many."""
+    return min(config.batch_size, slices)
 
-    Args:
-        logits: float [B, 1 + classes, H, W].
-        labels: int [B, H, W].
-    """
-    predicted = logits.argmax(dim=1)
-    rows = []
-    for index in range(1, logits.shape[1]):
-        guess, truth = predicted == index, labels == index
-        rows.append(torch.stack([2 * (guess & truth).sum(), guess.sum() + truth.sum()]))
-    return torch.stack(rows, dim=1).double() / labels.numel()
+
+def steps_of(config: LearningConfig, slices: int) -> int:
+    """Steps of a round, at a site that has so many slices."""
+    if config.local_epochs is None:
+        return config.local_steps
+    return max(1, math.ceil(config.local_epochs * slices / batch_of(config, slices)))
 
 
 def _endless(

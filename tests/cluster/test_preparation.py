@@ -121,7 +121,7 @@ def test_a_cohort_in_a_bucket_is_the_one_in_a_folder(
 
 
 def test_a_store_that_is_away_is_named(s3_server: Any, free_port: int, work: Path) -> None:
-    opener: OpenStore = partial(open_store, endpoint=f"http://127.0.0.1:{free_port}")
+    opener: OpenStore = partial(open_store, endpoint=f"http://127.0.0.1:{free_port}", patience=0)
     specs = specs_of(work, "s3://nowhere/prepared", "away")
     with pytest.raises(DataError, match=r"site site-. cannot be prepared: s3://nowhere/.*cannot be reached"):
         prepare_shares(here(specs, opener), specs)

@@ -225,9 +225,8 @@ def test_a_run_on_a_server_with_its_files_in_a_bucket(server, s3_server, tmp_pat
         uri=server[0],
         experiment="bucket",
         artifact_root=f"s3://{s3_server.bucket}/mlflow",
-        s3_endpoint=s3_server.endpoint,
     )
-    tracking = Tracking(config, tmp_path)
+    tracking = Tracking(config, tmp_path, s3_server.endpoint)
     tracking.check()
     run_id = record(tracking, tmp_path)
     data = check_record(tracking, run_id)
@@ -242,7 +241,7 @@ def test_a_run_on_a_server_with_its_files_in_a_bucket(server, s3_server, tmp_pat
 
     bad = config.model_copy(update={"artifact_root": "s3://no-such-bucket/x", "experiment": "other"})
     with pytest.raises(StoreError, match="no bucket no-such-bucket"):
-        Tracking(bad, tmp_path).check()
+        Tracking(bad, tmp_path, s3_server.endpoint).check()
 
 
 def test_a_server_that_is_away_is_an_error_before_and_a_warning_after_the_start(server, tmp_path, caplog, monkeypatch):

@@ -1,0 +1,141 @@
+"""The optimiser's steps, the same for a site's round, a site that learns alone, and one learner on all sites' slices.
+
+Where `torch.distributed` is at work (data-parallel training of pooled data), every process draws the same batches from
+the same seed and takes every n-th slice of them: a batch is one batch, however many processes share it, and slices,
+augmentation, schedule and the number of steps are those of one process. The gradients of the parts are averaged before
+the step. Only the Dice loss differs, as each process takes it over its own part of the batch.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from fedsam_core.data.slices import SliceDataset
+from fedsam_core.errors import TrainingError
+from fedsam_core.hashing import derive_seed
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Correction(Protocol):
+    """Changes the gradients of a step, before they are clipped."""
+
+    def correct(self) -> None:
+        """After each backward pass."""
+        ...
+
+
+def fit_steps(
+    segmenter: nn.Module,
+    dataset: SliceDataset,
+    batches: Sequence[Indices],
+    rates: Sequence[float],
+    optimizer: torch.optim.Optimizer,
+    loss_of: nn.Module,
+    *,
+    parameters: Sequence[Parameter],
+    corrections: Sequence[Correction],
+    gradient_clip: float,
+    autocast: torch.dtype | None,
+    device: torch.device,
+    seed: int,
+    who: str,
+    round_number: int,
+) -> tuple[float, Tensor]:
+    """A step for each batch, in place.
+
+    Args:
+        batches: slices of each step, of at least one for each process.
+        rates: learning rate of each step.
+        loss_of: (logits [B, 1 + classes, H, W], labels [B, 1, H, W]) -> scalar.
+        parameters: those whose gradients are clipped together, all that the optimiser has.
+        corrections: in their order; after the mean over processes.
+        gradient_clip: largest norm of a gradient; 0 for any.
+        seed: of the augmentation, with the number of the step.
+        who: takes the steps, for errors; "site north", say.
+        round_number: likewise.
+
+    Returns:
+        Mean loss over the steps, and float64 [2, classes]: numerator and denominator of the Dice of each foreground
+        class over the steps, as shares of all pixels seen.
+
+    Raises:
+        TrainingError: a loss or a gradient is not finite; names the step.
+    """
+    rank, count = worker()
+    losses: list[float] = []
+    overlap: Tensor | None = None
+    for step, (indices, rate) in enumerate(zip(batches, rates, strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        part = indices[rank::count]
+        share = len(part) / len(indices)
+        images, labels = dataset.batch(part, seed=derive_seed(seed, step), train=True)
+        images, labels = images.to(device), labels.to(device)
+        segmenter.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            logits = segmenter(images)
+        loss = loss_of(logits.float(), labels[:, None])
+        loss.backward()
+        if count > 1:
+            average_gradients(parameters, share)
+        for correction in corrections:
+            correction.correct()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip or math.inf)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            what = "the loss" if not torch.isfinite(loss) else "a gradient"
+            raise TrainingError(
+                f"{who}: {what} is not finite in round {round_number}, step {step + 1}; nothing of this round is kept "
+                f"or sent. Lower learning.learning_rate ({rate:g} in this step), or set learning.precision=fp32"
+            )
+        optimizer.step()
+        losses.append(float(loss.detach()) * share)
+        seen = share * _overlap(logits.detach(), labels) / len(batches)
+        overlap = seen if overlap is None else overlap + seen
+    assert overlap is not None  # a round has a step
+    mean = torch.tensor(float(np.mean(losses)), dtype=torch.float64, device=device)
+    if count > 1:
+        torch.distributed.all_reduce(mean)
+        torch.distributed.all_reduce(overlap)
+    return float(mean), overlap
+
+
+def worker() -> tuple[int, int]:
+    """This process's number among those that train together, and how many they are: (0, 1) where it trains alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[Parameter], share: float) -> None:
+    """Replaces every gradient by its mean over the processes, each weighted by its share of the batch; one message.
+
+    A parameter without a gradient has none in any process: it takes no part, as in a step of one process.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).mul_(share)
+    torch.distributed.all_reduce(flat)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, torch.split(flat, sizes), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _overlap(logits: Tensor, labels: Tensor) -> Tensor:
+    """Numerator and denominator of the Dice of each foreground class, as shares of the pixels: float64 [2, classes].
+
+    Args:
+        logits: float [B, 1 + classes, H, W].
+        labels: int [B, H, W].
+    """
+    predicted = logits.argmax(dim=1)
+    rows = []
+    for index in range(1, logits.shape[1]):
+        guess, truth = predicted == index, labels == index
+        rows.append(torch.stack([2 * (guess & truth).sum(), guess.sum() + truth.sum()]))
+    return torch.stack(rows, dim=1).double() / labels.numel()
