@@ -227,12 +227,8 @@ class BaselineRecorder:
         config, cohort = self._scorer.config, self._scorer.prepared.cohort
         card = describe(
             self._scorer.segmenter,
+            cohort,
             run=self._run,
-            cohort=cohort.name,
-            classes=cohort.classes,
-            modality=cohort.modality,
-            synthetic=cohort.synthetic,
-            scored_as=cohort.scored_as,
             dice=after["dice"],
             dice_by_class={name: group["dice"] for name, group in after["per_class"].items()},
             preprocess=self._scorer.prepared.config,

@@ -7,7 +7,6 @@ study.yaml        the study file, resolved              trials/ID.json  a `Trial
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -127,30 +126,3 @@ def read_about(store: Store, study: str) -> StudyAbout:
         return StudyAbout.model_validate_json(store.read_bytes(about_key(study)))
     except ValidationError as error:
         raise ConfigError(f"{store.url}/{about_key(study)} was written by another version of fedsam") from error
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A difference of Dice, by site and as the mean over the sites that both trials have a score of."""
-
-    by_site: dict[str, float]
-    mean: float | None
-
-
-def collaborative_gain(federated: TrialResult, local: TrialResult) -> Gain:
-    """What a site's own test cases gain from the federation: its Dice minus that of the site's own model."""
-    return _difference(federated, local)
-
-
-def gap_to_pooled(centralized: TrialResult, federated: TrialResult) -> Gain:
-    """What pooling the scans would still add: Dice of the pooled training minus that of the federation."""
-    return _difference(centralized, federated)
-
-
-def _difference(one: TrialResult, other: TrialResult) -> Gain:
-    first, second = (
-        {site: group["dice"] for site, group in result.test.get("per_site", {}).items()} for result in (one, other)
-    )
-    both = [site for site in sorted(first) if first[site] is not None and second.get(site) is not None]
-    by_site = {site: first[site] - second[site] for site in both}
-    return Gain(by_site, sum(by_site.values()) / len(by_site) if by_site else None)

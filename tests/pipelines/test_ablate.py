@@ -49,7 +49,8 @@ def kept(results: tuple[TrialResult, ...]) -> list[dict[str, Any]]:
 def test_a_study_is_run_once_and_what_is_missing_later(
     study: Callable[..., Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = "selections: [partial-decoder, {blocks: 3}]\nseeds: [0, 1]\nbaselines: {local: [lora], zero-shot: [partial-decoder]}"
+    baselines = "baselines: {local: [lora], zero-shot: [partial-decoder]}"
+    text = f"selections: [partial-decoder, {{blocks: 3}}]\nseeds: [0, 1]\n{baselines}"
     first = ablate(study(text), "fedsam ablate which")
     groups = ["local lora", "zero-shot partial-decoder", "partial-decoder", "blocks-0-2", "blocks-3-5"]
     assert [(one.group, one.seed) for one in first] == [(group, seed) for group in groups for seed in (0, 1)]

@@ -24,7 +24,6 @@ from pipelines.config import Config, load_config
 from pipelines.federate import federate
 from pipelines.prepare import prepare_sites, prepared_cohort
 from pipelines.recorder import Event
-from pipelines.results import TrialResult, collaborative_gain, gap_to_pooled
 from pipelines.run_folder import RunFolder
 
 train_pooled = baselines._train_pooled
@@ -256,14 +255,3 @@ def test_workers_book_what_a_site_books(
             scaling(workers, nodes, needs)
     else:
         assert scaling(workers, nodes, needs).resources_per_worker == books
-
-
-def test_gain_and_gap_by_site() -> None:
-    def trial(**dice: float | None) -> TrialResult:
-        per_site = {site: {"dice": value} for site, value in dice.items()}
-        return TrialResult(id="0" * 16, group="g", selection="flap", test={"per_site": per_site})
-
-    gain = collaborative_gain(trial(a=0.5, b=0.75, c=None), trial(a=0.25, b=0.75, c=0.5))
-    assert (gain.by_site, gain.mean) == ({"a": 0.25, "b": 0.0}, 0.125)
-    assert gap_to_pooled(trial(a=0.5), trial(a=0.75)).mean == -0.25
-    assert gap_to_pooled(trial(), trial(a=0.75)).mean is None
