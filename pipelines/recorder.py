@@ -28,7 +28,7 @@ class Event:
     Attributes:
         text: a line for the log.
         done, total: rounds that are finished, of how many.
-        tracked: id of the MLflow run, told once: whoever looks on closes that run should the driver be killed.
+        tracked: `run_id` of the tracker, told once: whoever looks on closes that run should the driver be killed.
     """
 
     text: str
