@@ -1,55 +1,46 @@
-"""MLflow: one run a federation, written from the driver in one batch a round.
+"""MLflow: one run a federation. What it records is on disk at once, and a thread sends it: nobody waits for a server.
 
-Only the client object is used: no global MLflow state, and nothing about the user or machine is recorded that was not
-passed in. Passwords come from the environment (MLFLOW_TRACKING_USERNAME, AWS_ACCESS_KEY_ID, ...), never from a
-configuration.
+Nothing about the user or machine is recorded that was not passed in. Passwords come from the environment
+(MLFLOW_TRACKING_USERNAME, AWS_ACCESS_KEY_ID, ...), never from a configuration.
 """
 
 import json
 import logging
-import os
 import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-# MLflow reads these when it is imported or at each request. Its own patience is minutes: no round should wait for them.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-
-from filelock import FileLock
-from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 from pydantic import Field
 
-from cluster.store import PATIENCE_SECONDS, open_store
+from cluster.registered import save_model
+from cluster.sending import Sender, Server, brief, deliver
+from cluster.spool import Entry, Spool
+from cluster.store import open_store
 from fedsam_core.errors import StoreError
 from fedsam_core.federation.engine import describe_failure
 from fedsam_core.settings import Settings
 
-for _chatter in ("alembic", "mlflow"):
-    logging.getLogger(_chatter).setLevel(logging.WARNING)
-
 _log = logging.getLogger(__name__)
 
 # MLflow's limits on one batch.
-_LOCK_SECONDS = 120.0
 _PARAMS_PER_BATCH = 100
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.:/ -]")
 _METRICS_PER_BATCH = 1000
-# After a failed request the server is left alone for so long: rounds go on at their own pace while it is away.
-_PAUSE_SECONDS = 60.0
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.:/ -]")
+# How long the end of a run waits for what is left to be sent. A database in a file is slow at times, but never away.
+_PATIENCE_SECONDS = 20.0
+_FILE_PATIENCE_SECONDS = 120.0
+
+T = TypeVar("T")
 
 
 class TrackingConfig(Settings):
@@ -62,6 +53,31 @@ class TrackingConfig(Settings):
         None, description="folder or s3://bucket/prefix for files of a new experiment; unset: the server's, or a folder"
     )
     experiment: str = Field("fedsam", min_length=1, max_length=500, description="MLflow experiment that holds the runs")
+    register_as: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
+        description="name of the registered model that a finished federation becomes a version of; unset: none",
+    )
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What became of a run that waited.
+
+    Attributes:
+        run: its name.
+        entries: how many were sent.
+        waiting: how many still wait.
+        running: it goes on.
+        problem: why some wait.
+    """
+
+    run: str
+    entries: int
+    waiting: int
+    running: bool
+    problem: str
 
 
 class Tracking:
@@ -81,45 +97,50 @@ class Tracking:
         self.config = config
         self._s3_endpoint = s3_endpoint
         self._work_dir = work_dir.absolute()
+        self._spools = self._work_dir / "spool"
         self.uri = config.uri or f"sqlite:///{self._work_dir / 'mlflow.db'}"
         parts = urlsplit(self.uri)
         if parts.scheme in ("", "file"):
             raise StoreError(
                 f"tracking uri {self.uri} is a folder, which MLflow no longer writes: use sqlite:///{self.uri}/mlflow.db"
             )
-        if parts.password is not None:
+        if parts.password is not None or "password" in parts.query:
             raise StoreError(
                 "the tracking uri must not carry a password: remove it, and set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD in the environment"
             )
-        self._remote = parts.scheme in ("http", "https")
-
-    @property
-    def artifact_root(self) -> str | None:
-        """Where a new experiment keeps its files; None leaves it to the server."""
-        root = self.config.artifact_root
+        remote = parts.scheme in ("http", "https")
+        root = config.artifact_root
         if root is None:
-            return None if self._remote else (self._work_dir / "mlartifacts").as_uri()
-        return root.rstrip("/") if "://" in root else Path(root).absolute().as_uri()
+            root = None if remote else (self._work_dir / "mlartifacts").as_uri()
+        else:
+            root = root.rstrip("/") if "://" in root else Path(root).absolute().as_uri()
+        self.server = Server(self.uri, root, config.s3_endpoint)
 
     def check(self) -> None:
-        """Finds out, within seconds, whether a run could be recorded and its files kept.
+        """Finds out, within seconds, whether a run can be recorded and its files kept.
+
+        A server that does not answer is a warning: runs wait on disk until they are sent.
 
         Raises:
-            StoreError: names what cannot be used and the fix.
+            StoreError: it answers, and will not do; names what cannot be used and the fix.
         """
-        experiment = self._asked(lambda: self._client().get_experiment_by_name(self.config.experiment))
+        silence = self.server.silence()
+        if silence:
+            _log.warning("%s: what runs record waits in %s until `fedsam track sync` sends it", silence, self._spools)
+            return
+        experiment = self._asked(lambda: self.server.client().get_experiment_by_name(self.config.experiment))
         if experiment is not None and experiment.lifecycle_stage != "active":
             raise StoreError(
                 f"experiment {self.config.experiment} was deleted at {self.uri}: restore it or choose another name"
             )
-        wanted = self.config.artifact_root and self.artifact_root
+        wanted = self.config.artifact_root and self.server.artifact_root
         if experiment is not None and wanted and experiment.artifact_location != wanted:
             raise StoreError(
                 f"experiment {self.config.experiment} keeps its files in {experiment.artifact_location}, not in "
                 f"{wanted}: choose another experiment name, or leave artifact_root unset"
             )
-        root = experiment.artifact_location if experiment is not None else self.artifact_root
+        root = experiment.artifact_location if experiment is not None else self.server.artifact_root
         if root is not None and urlsplit(root).scheme in ("s3", "file", ""):
             open_store(root, self._s3_endpoint).check()
 
@@ -130,39 +151,86 @@ class Tracking:
         tags: Mapping[str, str],
         parent: str | None = None,
     ) -> "RunTracker":
-        """Begins a run; use it as a context manager.
+        """Begins a run, without a word to the server; use it as a context manager.
 
         Args:
             name: what the UI shows.
             params: flat and comparable; values are recorded as text.
             tags: hashes, device, engine and the like.
-            parent: id of the run that this one belongs to, such as an ablation's.
+            parent: `run_id` of the run that this one belongs to, such as an ablation's.
 
         Raises:
-            StoreError: the server cannot be used.
+            StoreError: nothing can be written in work_dir.
         """
-        client = self._client()
-        tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
-
-        def begin() -> "RunTracker":
-            run = client.create_run(self._experiment_id(client), tags=tags, run_name=name)
-            tracker = RunTracker(client, run.info.run_id, run.info.artifact_uri, self._s3_endpoint)
-            entries = [Param(key, str(value)) for key, value in sorted(params.items())]
-            for at in range(0, len(entries), _PARAMS_PER_BATCH):
-                client.log_batch(run.info.run_id, params=entries[at : at + _PARAMS_PER_BATCH])
-            return tracker
-
-        tracker: RunTracker = self._asked(begin)
+        begin = {
+            "do": "begin",
+            "time": _now(),
+            "name": name,
+            "experiment": self.config.experiment,
+            "tags": {key: str(value) for key, value in sorted(tags.items())},
+            "parent": parent,
+            "server": asdict(self.server),
+        }
+        try:
+            spool = Spool.create(self._spools, name)
+            spool.append(begin)
+        except OSError as error:
+            raise StoreError(
+                f"{self._spools} cannot be written ({error.strerror}): check the rights of work_dir and its space"
+            ) from error
+        tracker = RunTracker(spool, self.server)
+        for batch in _batches({key: str(value) for key, value in sorted(params.items())}, _PARAMS_PER_BATCH):
+            tracker.record({"do": "params", "values": batch})
         return tracker
 
     def end(self, run_id: str, status: str, reason: str) -> None:
-        """Closes the run of a process that is gone (KILLED, FAILED); a failure to do so is a warning."""
-        with RunTracker(self._client(), run_id, "", None) as tracker:
-            tracker.close_as(status, reason)
+        """Closes the run of a process that is gone (KILLED, FAILED), unless that has closed it itself."""
+        spool = Spool.find(self._spools, run_id)
+        if spool is not None and not spool.ended:
+            with RunTracker(spool, self.server) as tracker:
+                tracker.close_as(status, reason)
+
+    def sync(self, progress: Callable[[int, int], None]) -> list[Synced]:
+        """Sends everything that waits in work_dir: to the server that each run was meant for, or to `tracking.uri`.
+
+        A run whose process is gone without having closed it becomes KILLED.
+
+        Args:
+            progress: told how many entries of how many are done.
+        """
+        spools = Spool.all(self._spools)
+        total, done = sum(spool.waiting() for spool in spools), 0
+        synced, away = [], dict[str, str]()
+        for spool in spools:
+            first = spool.first
+            if not first:
+                continue  # another sync was faster
+            server = Server(**first["server"]) if self.config.uri is None else self.server
+            _close_if_abandoned(spool)
+
+            def count(entries: int) -> None:
+                nonlocal done
+                done += entries
+                progress(min(done, total), total)
+
+            sent_before = done
+            if server.uri not in away and (silence := server.silence()):
+                away[server.uri] = silence
+            problem = away.get(server.uri, "")
+            if not problem:
+                try:
+                    deliver(spool, server, count)
+                except Exception as error:  # MLflow lets through whatever its database or HTTP library raises
+                    problem = brief(error)
+            waiting = spool.waiting()
+            if done > sent_before or waiting:
+                running = bool(spool.first) and not spool.ended
+                synced.append(Synced(first["name"], done - sent_before, waiting, running, problem))
+        return synced
 
     def ui_command(self) -> str:
         """The shell command that shows the runs."""
-        if self._remote:
+        if self.server.is_web:
             return f"python -m webbrowser {shlex.quote(self.uri)}"
         environment = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false "  # halves the server's memory
         if self._s3_endpoint:
@@ -172,58 +240,38 @@ class Tracking:
             program = program.relative_to(Path.cwd())
         return f"{environment}{shlex.quote(str(program))} ui --workers 1 --backend-store-uri {shlex.quote(self.uri)}"
 
-    def _client(self) -> MlflowClient:
-        def connect() -> MlflowClient:
-            if not self.uri.startswith("sqlite:///"):
-                return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-            database = Path(self.uri.removeprefix("sqlite:///"))
-            database.parent.mkdir(parents=True, exist_ok=True)
-            # A client makes the tables where they are missing: of two first runs at once, one has to wait.
-            with FileLock(f"{database}.lock", timeout=_LOCK_SECONDS):
-                return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-
-        client: MlflowClient = self._asked(connect)
-        return client
-
-    def _experiment_id(self, client: MlflowClient) -> str:
-        experiment = client.get_experiment_by_name(self.config.experiment)
-        if experiment is None:
-            try:
-                return str(client.create_experiment(self.config.experiment, artifact_location=self.artifact_root))
-            except MlflowException:
-                # Another run may have created it in the meantime.
-                experiment = client.get_experiment_by_name(self.config.experiment)
-                if experiment is None:
-                    raise
-        return str(experiment.experiment_id)
-
-    def _asked(self, question: Callable[[], Any]) -> Any:
+    def _asked(self, question: Callable[[], T]) -> T | None:
+        """The answer; None, and a warning, if the server is too busy to give one."""
         try:
             return question()
-        except StoreError:
-            raise
         except Exception as error:  # MLflow lets through whatever its database or HTTP library raises
+            code = error.error_code if isinstance(error, MlflowException) else ""
+            if code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE") and not self.server.is_file:
+                _log.warning("MLflow at %s gave no answer (%s): what runs record waits", self.uri, brief(error))
+                return None
             raise StoreError(
-                f"MLflow at {self.uri} cannot be used ({_brief(error)}): check tracking.uri and that the server runs"
+                f"MLflow at {self.uri} cannot be used ({brief(error)}): check tracking.uri and that the server runs"
             ) from error
 
 
 class RunTracker:
-    """An open MLflow run. Once it has begun, nothing that befalls the server fails the federation: what could not be
-    recorded is a warning.
+    """An open run. Nothing that befalls the server delays or fails it: what cannot be sent waits in its spool.
 
     On leaving the `with` block the run becomes FINISHED; FAILED with the error's line as tag `error`; KILLED on Ctrl-C.
+    What is left is then given some seconds to be sent.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, artifact_uri: str, s3_endpoint: str | None) -> None:
-        self.run_id = run_id
-        self.artifact_uri = artifact_uri
-        self._client = client
-        self._s3_endpoint = s3_endpoint
-        self._patience = PATIENCE_SECONDS
-        self._status: tuple[str, str] | None = None
+    def __init__(self, spool: Spool, server: Server) -> None:
+        self._spool = spool
+        self._server = server
+        self._sender = Sender(spool, server)
+        self._status = ("FINISHED", "")
         self._tables: list[dict[str, str]] = []
-        self._silent_until = 0.0
+
+    @property
+    def run_id(self) -> str:
+        """What the run is known by here and, as tag `fedsam.spool`, in MLflow: its own id exists when it was sent."""
+        return self._spool.id
 
     def __enter__(self) -> "RunTracker":
         return self
@@ -234,55 +282,36 @@ class RunTracker:
         if error is not None:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             self.close_as(status, describe_failure(error))
-        status, reason = self._status or ("FINISHED", "")
-        self._silent_until = 0.0  # the last word is worth a try
+        status, reason = self._status
         if reason:
             self.set_tags({"error": reason[:5000]})
-        self._attempt(f"the end of the run ({status})", lambda: self._client.set_terminated(self.run_id, status))
+        self.record({"do": "end", "time": _now(), "status": status})
+        self._sender.close(_FILE_PATIENCE_SECONDS if self._server.is_file else _PATIENCE_SECONDS)
+        self._spool.release()
+        if waiting := self._spool.waiting():
+            _log.warning("%d entries wait in %s: `fedsam track sync` sends them", waiting, self._spool.folder)
 
     def close_as(self, status: str, reason: str) -> None:
         """What the run is to be recorded as when it ends."""
         self._status = (status, reason)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        entries = [RunTag(key, str(value)) for key, value in sorted(tags.items())]
-        self._attempt(f"tags {', '.join(sorted(tags))}", lambda: self._client.log_batch(self.run_id, tags=entries))
+        """Adds or replaces tags."""
+        self.record({"do": "tags", "values": {key: str(value) for key, value in sorted(tags.items())}})
 
     def log_round(self, step: int, metrics: Mapping[str, float]) -> None:
         """All metrics of a round, such as `val/dice` or `site/<id>/dice`, as one batch."""
-        now = int(time.time() * 1000)
+        now = _now()
         # MLflow allows few characters in names, and a class or a site may be called anything.
-        entries = [
-            Metric(_NOT_IN_NAMES.sub("_", key), float(value), now, step) for key, value in sorted(metrics.items())
-        ]
-        for at in range(0, len(entries), _METRICS_PER_BATCH):
-            batch = entries[at : at + _METRICS_PER_BATCH]
-            self._attempt(
-                f"{len(batch)} metrics of step {step}", partial(self._client.log_batch, self.run_id, metrics=batch)
-            )
+        values = {_NOT_IN_NAMES.sub("_", key): float(value) for key, value in sorted(metrics.items())}
+        for batch in _batches(values, _METRICS_PER_BATCH):
+            self.record({"do": "metrics", "time": now, "step": step, "values": batch})
 
     def log_artifact(self, local: Path, folder: str = "") -> None:
         """Keeps a file, or a folder with all it holds, in `folder` of the run's files."""
-
-        def keep() -> None:
-            if not local.exists():
-                raise StoreError(f"{local} does not exist")
-            if urlsplit(self.artifact_uri).scheme != "s3":
-                log = self._client.log_artifacts if local.is_dir() else self._client.log_artifact
-                log(self.run_id, str(local), folder or None)
-                return
-            # Through our own store: its timeouts are bounded, and the endpoint needs no process-wide variable.
-            store = open_store(self.artifact_uri, self._s3_endpoint, self._patience)
-            files = sorted(path for path in local.rglob("*") if path.is_file()) if local.is_dir() else [local]
-            base = local if local.is_dir() else local.parent
-            try:
-                for file in files:
-                    store.put_file(file, "/".join(part for part in (folder, file.relative_to(base).as_posix()) if part))
-            except StoreError:
-                self._patience = 0.0  # waited for once, not once a file
-                raise
-
-        self._attempt(f"file {local.name}", keep)
+        for file in _files_of(local):
+            below = file.parent.relative_to(local).as_posix() if local.is_dir() else "."
+            self.record({"do": "file", "folder": "/".join(p for p in (folder, below) if p not in ("", "."))}, file)
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows with the same keys, as `<name>.json` in the layout that MLflow shows and compares as a table."""
@@ -295,25 +324,43 @@ class RunTracker:
         self._tables.append({"path": f"{name}.json", "type": "table"})
         self.set_tags({"mlflow.loggedArtifacts": json.dumps(self._tables)})
 
-    def _attempt(self, what: str, action: Callable[[], Any]) -> None:
-        """Runs `action`; if it fails, warns of what was lost and leaves the server alone for a while."""
-        if time.monotonic() < self._silent_until:
-            _log.warning("MLflow did not get %s: it did not answer shortly before", what)
-            return
+    def log_model(self, name: str, adapter: Path, tags: Mapping[str, str]) -> None:
+        """Registers the adapter as the newest version of model `name`; see `cluster.registered`."""
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "model"
+            save_model(adapter, model)
+            self.log_artifact(model, "model")
+        values = {key: str(value) for key, value in sorted(tags.items())}
+        self.record({"do": "model", "name": name, "folder": "model", "tags": values})
+
+    def record(self, entry: Entry, file: Path | None = None) -> None:
+        """Appends to the spool and has it sent. A disk that refuses is a warning."""
         try:
-            action()
-        except Exception as error:
-            _log.warning("MLflow did not get %s: %s", what, _brief(error))
-            # A value that MLflow refuses, or a store of its own that is away, says nothing about the server.
-            refused = isinstance(error, MlflowException) and error.error_code != "INTERNAL_ERROR"
-            if not refused and not isinstance(error, StoreError):
-                self._silent_until = time.monotonic() + _PAUSE_SECONDS
+            self._spool.append(entry, file)
+        except OSError as error:
+            what = entry["do"] if file is None else f"file {file.name}"
+            _log.warning("%s cannot be kept for MLflow in %s: %s", what, self._spool.folder, error.strerror)
+        self._sender.wake()
 
 
-def _brief(error: Exception) -> str:
-    """What went wrong, in a line: of a connection that failed, what the system said, not what wrapped it."""
-    root: BaseException = error
-    while (inner := root.__cause__ or root.__context__) is not None:
-        root = inner
-    text = describe_failure(root if isinstance(root, OSError) else error)
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+def _close_if_abandoned(spool: Spool) -> None:
+    """The process that wrote is gone: nobody else will say how the run ended."""
+    with spool.sending() as here:
+        if here and not spool.ended and spool.abandoned:
+            spool.append({"do": "tags", "values": {"error": "its process ended without a word"}})
+            spool.append({"do": "end", "time": _now(), "status": "KILLED"})
+
+
+def _files_of(local: Path) -> Iterable[Path]:
+    return sorted(path for path in local.rglob("*") if path.is_file()) if local.is_dir() else [local]
+
+
+def _batches(values: dict[str, Any], size: int) -> Iterable[dict[str, Any]]:
+    items = iter(values.items())
+    while batch := dict(islice(items, size)):
+        yield batch
+
+
+def _now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)

@@ -19,6 +19,7 @@ COMMANDS = {
     "predict": "a mask for a scan, or for every scan of a folder: NIfTI or DICOM",
     "export": "write a trained model as PEFT adapter, plain SAM checkpoint and ONNX",
     "verify": "replay the record of a run: signatures, survivors, sums, global states",
+    "track": "send what runs could not to MLflow, and start an MLflow server",
     "submit": "run a stage as a job on a Ray cluster",
     "keys": "make a site's identity, and see whom a roster trusts",
 }

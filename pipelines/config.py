@@ -2,12 +2,14 @@
 
 import difflib
 import os
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from cluster.placement import SiteNeeds
 from cluster.tracking import TrackingConfig
@@ -191,14 +193,40 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flat_settings(settings: BaseModel, prefix: str = "", exclude: Collection[str] = ()) -> dict[str, Any]:
+    """Every setting by its dotted name, with JSON values. The names depend on the kind of settings alone, not on what
+    is set: a section that is unset has all its keys, as None, and a table (such as ranks by site) is one value."""
+    return _flat_fields(type(settings), settings.model_dump(mode="json"), prefix, exclude)
+
+
+def _flat_fields(
+    section: type[BaseModel], values: dict[str, Any] | None, prefix: str, exclude: Collection[str]
+) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if name in exclude:
+            continue
+        value = None if values is None else values[name]
+        if (nested := _nested(field)) is not None:
+            flat |= _flat_fields(nested, value, f"{prefix}{name}.", ())
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _nested(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field is, or may be."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)), None)
+
+
 def describe(
     section: type[BaseModel] = Config, prefix: str = "", required: str = "required"
 ) -> list[tuple[str, str, str]]:
     """Rows (key, default, meaning) of every setting, for --help."""
     rows: list[tuple[str, str, str]] = []
     for name, field in section.model_fields.items():
-        kinds = (field.annotation, *get_args(field.annotation))
-        nested = next((k for k in kinds if isinstance(k, type) and issubclass(k, Settings)), None)
+        nested = _nested(field)
         if nested is not None and nested is not LayerSelection:
             rows += describe(nested, f"{prefix}{name}.", "unset" if field.default is None else "required")
         else:

@@ -32,8 +32,7 @@ from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
-from pipelines.commits import RunCommits, check_results, results_store
-from pipelines.config import Config, flatten
+from pipelines.config import Config, flat_settings
 from pipelines.prepare import prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder
 from pipelines.run_folder import RunFolder
@@ -160,10 +159,8 @@ def run_federation(
         }
         tracking = open_tracking(config)
         settled = config.model_copy(update={"preprocess": about.config})  # what a cohort left open, by its value
-        with tracking.start(run_id, run_params(settled), tags, parent) as tracker:
-            emit(
-                Event(f"MLflow run {tracker.run_id} in experiment {config.tracking.experiment}", tracked=tracker.run_id)
-            )
+        with tracking.start(run_id, run_params(settled), tags) as tracker:
+            emit(Event(f"recorded in MLflow experiment {config.tracking.experiment}", tracked=tracker.run_id))
             folder = RunFolder(config.work_dir / "runs" / run_id)
             kept = config.storage.results is not None
             commits = RunCommits(results_store(config), folder.path, run_id) if kept else None
@@ -175,7 +172,11 @@ def run_federation(
                 final = federation.score("test", rounds, pictures=True)
                 has_own = bool(config.federation.personal_steps or config.layers.local)
                 personal = federation.score("test", rounds, personal=True) if has_own else None
-                return recorder.finish(segmenter, final, personal, tracking.ui_command())
+                outcome = recorder.finish(segmenter, final, personal, tracking.ui_command())
+                if config.tracking.register_as is not None:
+                    about_it = {"fedsam.selection": config.layers.name, "fedsam.dice": str(outcome.after["dice"])}
+                    tracker.log_model(config.tracking.register_as, folder.path / "adapter", tags | about_it)
+                return outcome
             finally:
                 recorder.keep_record()  # of what failed, too
     finally:
@@ -239,17 +240,16 @@ def site_specs(config: Config, sites: Sequence[str], run_id: str, config_hash: s
     ]
 
 
-_NO_PARAMS: Any = {"work_dir", "storage", "tracking", "engine", "cohort", "selection", "rank"}
+_NO_PARAMS = {"work_dir", "storage", "tracking", "engine", "cohort", "selection", "rank"}
 
 
 def run_params(config: Config) -> dict[str, Any]:
     """Flat parameters of an MLflow run; the same names for every run, so that runs compare."""
-    sections = config.model_dump(mode="json", exclude=_NO_PARAMS)
     lora = config.layers.lora
     return {
-        **flatten(sections),
+        **flat_settings(config, exclude=_NO_PARAMS),
         "selection": config.layers.name,
-        **flatten(config.layers.model_dump(mode="json", exclude={"name"}), "selection."),
+        **flat_settings(config.layers, "selection.", exclude={"name"}),
         "rank": lora.rank if lora else 0,
         "cohort": config.cohort.name,
         "engine": config.engine.kind,

@@ -29,8 +29,7 @@ class Event:
     Attributes:
         text: a line for the log.
         done, total: rounds that are finished, of how many.
-        tracked: id of the MLflow run, told once: whoever looks on closes that run should the driver be killed.
-        numbers: of the round that has just been done: "dice" on the validation cases, "bytes_up", "bytes_down" so far.
+        tracked: `run_id` of the tracker, told once: whoever looks on closes that run should the driver be killed.
     """
 
     text: str

@@ -30,12 +30,16 @@ def local(folder):
 
 
 def held(tracking, run_id):
-    return MlflowClient(tracking.uri, tracking.uri).get_run(run_id)
+    """What MLflow holds of the run of that id, which is the tracker's and not MLflow's."""
+    client = MlflowClient(tracking.uri, tracking.uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (found,) = client.search_runs(experiments, f"tags.`fedsam.spool` = '{run_id}'")
+    return found
 
 
 def files(tracking, run_id, folder=None):
-    found = MlflowClient(tracking.uri, tracking.uri).list_artifacts(run_id, folder)
-    return sorted(item.path for item in found)
+    run = held(tracking, run_id).info.run_id
+    return sorted(item.path for item in MlflowClient(tracking.uri, tracking.uri).list_artifacts(run, folder))
 
 
 def record(tracking, tmp_path, **kwargs):
@@ -63,7 +67,7 @@ def check_record(tracking, run_id):
     assert data.info.run_name == "demo-1"
     assert data.data.params == {"rank": "8", "layers.head": "flap", "empty": "None"}
     assert data.data.metrics == {"val/dice": 0.2, "site/site-a/dice": 0.5, "comm/bytes_up": 7_385_536}
-    history = MlflowClient(tracking.uri, tracking.uri).get_metric_history(run_id, "val/dice")
+    history = MlflowClient(tracking.uri, tracking.uri).get_metric_history(data.info.run_id, "val/dice")
     assert [(point.step, point.value) for point in history] == [(0, 0.0), (1, 0.1), (2, 0.2)]
     assert data.data.tags["layout"] == "abc"
     assert data.data.tags["device"] == "cpu"
@@ -80,12 +84,14 @@ def test_a_run_on_the_local_database(local, folder, tmp_path, monkeypatch):
     assert files(local, run_id) == ["adapter", "manifest.json", "scores.json"]
     assert files(local, run_id, "adapter") == ["adapter/adapter_config.json", "adapter/deep"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", local.uri)  # which loading a table depends on, whatever the client's
-    table = MlflowClient(local.uri, local.uri).load_table(data.info.experiment_id, "scores.json", run_ids=[run_id])
+    client = MlflowClient(local.uri, local.uri)
+    table = client.load_table(data.info.experiment_id, "scores.json", run_ids=[data.info.run_id])
     assert table["case"].tolist() == ["a1", "a2"]
     assert table["dice"].tolist()[0] == pytest.approx(0.7)
     # Nothing about who and where: only what was passed in.
     assert data.info.user_id == "unknown"
-    assert set(data.data.tags) == {"layout", "device", "mlflow.loggedArtifacts", "mlflow.runName"}
+    assert set(data.data.tags) == {"layout", "device", "fedsam.spool", "mlflow.loggedArtifacts", "mlflow.runName"}
+    assert not list((folder / "spool").iterdir())  # nothing is left of what was sent
 
 
 def test_the_environments_keys_are_nowhere_in_it(local, folder, tmp_path, monkeypatch):
@@ -100,7 +106,7 @@ def test_the_environments_keys_are_nowhere_in_it(local, folder, tmp_path, monkey
 def test_children_name_their_parent(local):
     with local.start("ablation", {}, {}) as parent, local.start("flap", {}, {}, parent=parent.run_id) as child:
         pass
-    assert held(local, child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+    assert held(local, child.run_id).data.tags["mlflow.parentRunId"] == held(local, parent.run_id).info.run_id
 
 
 def test_more_than_a_batch_of_params_and_metrics(local):
@@ -117,8 +123,8 @@ def test_how_a_run_ended(local):
     with pytest.raises(KeyboardInterrupt), local.start("y", {}, {}) as killed:
         raise KeyboardInterrupt
     lost = local.start("z", {}, {})
-    assert held(local, lost.run_id).info.status == "RUNNING"
     local.end(lost.run_id, "KILLED", "the driver died")
+    local.end(failed.run_id, "KILLED", "a run that has ended is left as it is")
     for run, status, error in [
         (failed, "FAILED", "only 1 of 3 sites answered"),
         (killed, "KILLED", "KeyboardInterrupt: "),
@@ -135,7 +141,7 @@ def test_what_mlflow_refuses_is_a_warning_that_names_it(local, caplog, tmp_path)
         run.log_round(4, {"x" * 300: 1.0})
         run.log_artifact(tmp_path / "absent.png")
         run.log_round(5, {"good, but <odd>": 1.0})
-    assert "did not get 1 metrics of step 4" in caplog.text
+    assert "refused 1 metrics of step 4" in caplog.text
     assert "absent.png" in caplog.text
     data = held(local, run.run_id)
     assert data.data.metrics == {"good_ but _odd_": 1.0}
@@ -230,13 +236,13 @@ def test_a_run_on_a_server_with_its_files_in_a_bucket(server, s3_server, tmp_pat
     tracking.check()
     run_id = record(tracking, tmp_path)
     data = check_record(tracking, run_id)
-    assert data.info.artifact_uri == f"s3://{s3_server.bucket}/mlflow/{run_id}/artifacts"
+    assert data.info.artifact_uri == f"s3://{s3_server.bucket}/mlflow/{data.info.run_id}/artifacts"
     # MLflow's own client finds the files where ours has put them.
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3_server.endpoint)
     assert files(tracking, run_id) == ["adapter", "manifest.json", "scores.json"]
     assert files(tracking, run_id, "adapter/deep") == ["adapter/deep/weights.bin"]
     bucket = boto3.client("s3", endpoint_url=s3_server.endpoint, region_name="us-east-1")
-    listed = bucket.list_objects_v2(Bucket=s3_server.bucket, Prefix=f"mlflow/{run_id}/")["Contents"]
+    listed = bucket.list_objects_v2(Bucket=s3_server.bucket, Prefix=f"mlflow/{data.info.run_id}/")["Contents"]
     assert sum(item["Size"] for item in listed if item["Key"].endswith("weights.bin")) == 1000
 
     bad = config.model_copy(update={"artifact_root": "s3://no-such-bucket/x", "experiment": "other"})
@@ -244,42 +250,20 @@ def test_a_run_on_a_server_with_its_files_in_a_bucket(server, s3_server, tmp_pat
         Tracking(bad, tmp_path, s3_server.endpoint).check()
 
 
-def test_a_server_that_is_away_is_an_error_before_and_a_warning_after_the_start(server, tmp_path, caplog, monkeypatch):
+def test_a_server_that_is_away_or_silent_is_a_warning(server, tmp_path, caplog):
     away = Tracking(TrackingConfig(uri=f"http://127.0.0.1:{free_ports(1)[0]}"), tmp_path)
-    begin = time.monotonic()
-    for action in (away.check, lambda: away.start("x", {}, {})):
-        with pytest.raises(StoreError, match=r"cannot be used .*refused") as error:
-            action()
-        assert "\n" not in str(error.value)
-        assert len(str(error.value)) < 250
-    assert time.monotonic() - begin < 20
-
-    # A server that takes connections and says nothing.
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    os.killpg(server[1].pid, 19)  # SIGSTOP
+    with caplog.at_level(logging.WARNING):
+        away.check()
+    assert "does not answer (Connection" in caplog.text
+    assert f"waits in {tmp_path / 'spool'} until `fedsam track sync` sends it" in caplog.text
+    caplog.clear()
+    os.killpg(server[1].pid, 19)  # SIGSTOP: it takes connections and says nothing
     try:
-        tracking = Tracking(TrackingConfig(uri=server[0], experiment="silent"), tmp_path)
-        begin = time.monotonic()
-        with pytest.raises(StoreError, match="cannot be used"):
-            tracking.check()
-        assert time.monotonic() - begin < 20
+        with caplog.at_level(logging.WARNING):
+            Tracking(TrackingConfig(uri=server[0], experiment="silent"), tmp_path).check()
     finally:
         os.killpg(server[1].pid, 18)  # SIGCONT
-    with caplog.at_level(logging.WARNING), tracking.start("x", {}, {}) as run:
-        run.log_round(0, {"m": 1.0})
-        os.killpg(server[1].pid, 19)
-        try:
-            begin = time.monotonic()
-            for step in range(1, 20):
-                run.log_round(step, {"m": 1.0})
-            assert time.monotonic() - begin < 20  # the first waits, the others leave the server alone
-        finally:
-            os.killpg(server[1].pid, 18)
-    assert "did not get 1 metrics of step 1" in caplog.text
-    assert "did not get 1 metrics of step 19" in caplog.text
-    data = held(tracking, run.run_id)
-    assert data.info.status == "FINISHED"
-    assert data.data.metrics == {"m": 1.0}
+    assert "does not answer (" in caplog.text
 
 
 def test_the_ui_command_shows_the_runs(server):
