@@ -115,7 +115,7 @@ class Tracking:
             root = None if remote else (self._work_dir / "mlartifacts").as_uri()
         else:
             root = root.rstrip("/") if "://" in root else Path(root).absolute().as_uri()
-        self.server = Server(self.uri, root, config.s3_endpoint)
+        self.server = Server(self.uri, root, s3_endpoint)
 
     def check(self) -> None:
         """Finds out, within seconds, whether a run can be recorded and its files kept.

@@ -27,7 +27,7 @@ from pipelines import console
 from pipelines.analysis import MEGABYTE, Estimate, rows_of, unfinished
 from pipelines.commits import results_store
 from pipelines.config import Config, inline
-from pipelines.federate import check, code_hash
+from pipelines.federate import check, code_hash, open_tracking
 from pipelines.prepare import prepare_sites, prepared_location
 from pipelines.results import (
     StudyAbout,
@@ -202,7 +202,7 @@ def _at_work(study: Study, planned: Sequence[Trial], command: str) -> Iterator[D
         check(trial.config)
     with ray_session() if on_ray else nullcontext(), console.Bars() as bars:
         desk = Desk(study, command, [trial.config for trial in planned], bars)
-        with _parent(Tracking(base.tracking, base.work_dir), study, desk.about) as run_id:
+        with _parent(open_tracking(base), study, desk.about) as run_id:
             desk.track(run_id)
             yield desk
 

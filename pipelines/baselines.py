@@ -28,7 +28,7 @@ import torch
 
 from cluster.placement import cluster_nodes
 from cluster.session import ray_session
-from cluster.tracking import RunTracker, Tracking
+from cluster.tracking import RunTracker
 from cluster.trainer import Place, Work, alone, together
 from fedsam_core.data.preprocess import MANIFEST, PreparedCase, PreparedCohort
 from fedsam_core.data.slices import SliceDataset
@@ -44,7 +44,7 @@ from fedsam_core.sam.adapters import local_state, shared_state
 from pipelines import console
 from pipelines.baseline_record import Baseline, BaselineRecorder, Kind, Scorer
 from pipelines.config import Config
-from pipelines.federate import code_hash, initial_model, run_params, run_tags
+from pipelines.federate import code_hash, initial_model, open_tracking, run_params, run_tags
 from pipelines.prepare import prepare_sites, store_opener
 from pipelines.recorder import Emit, Event
 from pipelines.run_folder import RunFolder
@@ -161,7 +161,7 @@ def _launch(
         except (KeyboardInterrupt, SystemExit, ClusterError) as error:
             # The worker is gone and cannot close its MLflow run itself.
             for run_id in tracked:
-                Tracking(config.tracking, config.work_dir).end(run_id, "KILLED", describe_failure(error))
+                open_tracking(config).end(run_id, "KILLED", describe_failure(error))
             raise
     shutil.rmtree(folder, ignore_errors=True)  # what it is for is in the run's folder
     return result
@@ -196,7 +196,7 @@ class _Desk:
         self.segmenter, self.manifest, self.start = initial_model(config, len(self.prepared.cohort.classes))
         self.segmenter.to(place.device)
         self.scorer = Scorer(config, self.prepared, self.segmenter, place.emit)
-        self.tracking = Tracking(config.tracking, config.work_dir)
+        self.tracking = open_tracking(config)
 
     def training_cases(self, site: str) -> list[PreparedCase]:
         return [self.prepared.load(case.id) for case in self.prepared.cohort.select(site, "train")]
@@ -346,7 +346,7 @@ def run_stage(name: str, baseline: Any, config: Config) -> None:
     checkpoint = config.model.checkpoint
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
-    Tracking(config.tracking, config.work_dir).check()
+    open_tracking(config).check()
     with ray_session() if config.engine.kind == "ray" else nullcontext(), console.Bars() as bars:
         prepared = prepare_sites(config, bars)
 

@@ -32,6 +32,7 @@ from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
+from pipelines.commits import RunCommits, check_results, results_store
 from pipelines.config import Config, flat_settings
 from pipelines.prepare import prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder
@@ -159,7 +160,7 @@ def run_federation(
         }
         tracking = open_tracking(config)
         settled = config.model_copy(update={"preprocess": about.config})  # what a cohort left open, by its value
-        with tracking.start(run_id, run_params(settled), tags) as tracker:
+        with tracking.start(run_id, run_params(settled), tags, parent) as tracker:
             emit(Event(f"recorded in MLflow experiment {config.tracking.experiment}", tracked=tracker.run_id))
             folder = RunFolder(config.work_dir / "runs" / run_id)
             kept = config.storage.results is not None

@@ -30,6 +30,7 @@ class Event:
         text: a line for the log.
         done, total: rounds that are finished, of how many.
         tracked: `run_id` of the tracker, told once: whoever looks on closes that run should the driver be killed.
+        numbers: of the round that has just been done: "dice" on the validation cases, "bytes_up", "bytes_down" so far.
     """
 
     text: str

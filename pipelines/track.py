@@ -78,7 +78,7 @@ def sync(config: Config) -> None:
     Raises:
         StoreError: some could not be sent.
     """
-    tracking = Tracking(config.tracking, config.work_dir)
+    tracking = Tracking(config.tracking, config.work_dir, config.storage.s3_endpoint)
     with console.Bars() as bars:
         runs = tracking.sync(lambda done, total: bars("send", done, total))
     if not runs:
