@@ -1,6 +1,7 @@
 """Pooled, alone and untrained: the same budget and the same scores as a federation, interrupted or not, Ray or not."""
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,8 @@ def pooled(made: Made) -> Baseline:
 def on_ray(made: Made) -> Iterator[Made]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    found = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}  # of the tests' own modules, too
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=found)
     try:
         config, prepared = made
         engine = config.engine.model_copy(update={"kind": "ray"})
