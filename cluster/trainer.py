@@ -112,8 +112,8 @@ def together(work: Work, emit: Emit, folder: Path, workers: int, nodes: Sequence
         if heard.error is not None:
             raise heard.error from None
         raise ClusterError(
-            f"the workers were lost {RESTARTS + 1} times ({describe_failure(error)[:300]}), out of memory or with "
-            "their nodes: see the Ray dashboard, and start the same command again to go on from the last round"
+            f"the workers did not start, or were lost more than {RESTARTS} times ({describe_failure(error)[:300]}): "
+            "see the Ray dashboard, and start the same command again to go on from the last round"
         ) from error
     finally:
         stop.set()

@@ -1,6 +1,7 @@
 """Pooled, alone and untrained: the same budget and the same scores as a federation, interrupted or not, Ray or not."""
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,23 +11,23 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest
 import yaml
+from support.dying import dying
 
 from cluster.placement import Node, SiteNeeds
 from cluster.tracking import Tracking
-from cluster.trainer import Place, scaling
+from cluster.trainer import scaling
 from fedsam_core.errors import ClusterError, ConfigError, DataError, TrainingError
 from fedsam_core.evaluation.metrics import summarize
 from fedsam_core.federation.preparation import PreparedSites
 from pipelines import baselines, console
 from pipelines import evaluate as evaluation
-from pipelines.baselines import Baseline, Task, centralized, local, zero_shot
+from pipelines.baselines import Baseline, centralized, local, zero_shot
 from pipelines.config import Config, load_config
 from pipelines.federate import federate
 from pipelines.prepare import prepare_sites, prepared_cohort
 from pipelines.recorder import Event
 from pipelines.run_folder import RunFolder
 
-train_pooled = baselines._train_pooled
 Made = tuple[Config, PreparedSites]
 
 
@@ -66,7 +67,8 @@ def pooled(made: Made) -> Baseline:
 def on_ray(made: Made) -> Iterator[Made]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    found = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}  # of the tests' own modules, too
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=found)
     try:
         config, prepared = made
         engine = config.engine.model_copy(update={"kind": "ray"})
@@ -168,24 +170,6 @@ def test_each_site_alone_is_scored_at_every_site(made: Made) -> None:
     assert [number for number, _ in found.curve] == [0, 1, 2]
     assert (found.folder / "cross.csv").is_file()
     assert not (found.folder / "adapter").exists()
-
-
-def dying(task: Task, place: Place) -> Baseline | None:
-    """A worker that is gone after its first round, once."""
-    mark = task.config.work_dir / "died"
-
-    class Dying:
-        def __init__(self, layout_hash: str) -> None:
-            self._kept = place.checkpoints(layout_hash)
-            self.latest = self._kept.latest
-
-        def save(self, number: int, arrays: Any) -> None:
-            self._kept.save(number, arrays)
-            if not mark.exists():
-                mark.touch()
-                os._exit(1)
-
-    return train_pooled(task, replace(place, checkpoints=Dying))
 
 
 def test_ray_gives_the_same_bits_even_when_a_worker_is_lost(
