@@ -74,7 +74,7 @@ def held(uri: str, run_id: str) -> dict[str, Any]:
         "params": run.data.params,
         "tags": {key: value for key, value in run.data.tags.items() if key != "fedsam.spool"},
         "metrics": metrics,
-        "files": {path: size for path, size in files(client, run.info.run_id)},
+        "files": dict(files(client, run.info.run_id)),
     }
 
 
