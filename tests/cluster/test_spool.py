@@ -285,6 +285,9 @@ def test_the_servers_command(
     assert status == 2
     assert "PGPASSWORD" in error
     assert "hush" not in error
+    status, error = serve("--backend", "nonsense")
+    assert status == 2
+    assert "nonsense is no database" in error
     assert not started
 
 
