@@ -6,6 +6,7 @@ has fedsam installed. An adapter of a SAM checkpoint needs that file:
 `load_model(uri, model_config={"checkpoint": PATH})`.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,16 @@ def save_model(adapter: Path, folder: Path) -> None:
     size = card.model.image_size
     slices = TensorSpec(np.dtype(np.float32), (-1, 3, size, size))
     logits = TensorSpec(np.dtype(np.float32), (-1, card.model.classes + 1, size, size))
-    pyfunc.save_model(
-        str(folder),
-        loader_module=__name__,
-        data_path=str(adapter),
-        model_config={"checkpoint": ""},  # only a key that is there can be given when the model is loaded
-        signature=ModelSignature(Schema([slices]), Schema([logits])),
-        pip_requirements=[f"fedsam=={fedsam_core.__version__}", f"torch=={torch.__version__.partition('+')[0]}"],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"(?s).*input example", UserWarning)  # the signature says it all
+        pyfunc.save_model(
+            str(folder),
+            loader_module=__name__,
+            data_path=str(adapter),
+            model_config={"checkpoint": ""},  # only a key that is there can be given when the model is loaded
+            signature=ModelSignature(Schema([slices]), Schema([logits])),
+            pip_requirements=[f"fedsam=={fedsam_core.__version__}", f"torch=={torch.__version__.partition('+')[0]}"],
+        )
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any]) -> Predictor:

@@ -119,9 +119,16 @@ class Spool:
     @contextmanager
     def sending(self) -> Iterator[bool]:
         """Nobody else sends meanwhile. Gives False where the run was sent to its end by another who did."""
-        with self._sending:
+        try:
+            self._sending.acquire()
+        except FileNotFoundError:  # removed while the lock was being made in it
+            yield False
+            return
+        try:
             here = self._journal.is_file()
             yield here
+        finally:
+            self._sending.release()
         if not here:
             self.remove()  # the lock has made the folder anew
 

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
 from cluster.tracking import Synced, Tracking
 from fedsam_core.errors import ConfigError, StoreError
 from pipelines import console
@@ -27,7 +30,7 @@ examples:
       --s3-endpoint http://minio.internal:9000 --host 0.0.0.0 --allowed-hosts mlflow.internal:5000
 
 The server keeps running until Ctrl-C. Files go through it, so that only it needs the bucket's keys. PostgreSQL needs
-`pip install psycopg2-binary`. With --auth, runs and browsers log in: the first user is admin with the password of
+`pip install 'psycopg[binary]'`. With --auth, runs and browsers log in: the first user is admin with the password of
 MLFLOW_AUTH_ADMIN_PASSWORD (12 characters or more), read on the first start only; others are made by the admin at
 /signup. Runs then need MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. Set MLFLOW_FLASK_SERVER_SECRET_KEY too
 where forms are to outlive a restart. Beyond a trusted network put a TLS proxy in front.
@@ -124,8 +127,14 @@ def server_command(
     backend = options.backend or f"sqlite:///{folder / 'mlflow.db'}"
     if urlsplit(backend).password is not None:
         raise ConfigError("--backend must not carry a password, which `ps` shows to everyone: set PGPASSWORD")
-    if backend.startswith("postgresql") and importlib.util.find_spec("psycopg2") is None:
-        raise ConfigError("--backend postgresql:// needs a driver: pip install psycopg2-binary")
+    try:
+        make_url(backend).get_dialect().import_dbapi()
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--backend {backend} needs {error.name}: pip install '{error.name}[binary]'") from error
+    except ArgumentError as error:
+        raise ConfigError(
+            f"--backend {backend} is no database: write sqlite:///FILE or postgresql://USER@HOST/DB"
+        ) from error
     needed = {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # halves its memory
         "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -18,6 +18,11 @@ from tests.cluster.conftest import free_ports
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
+UNFOLD = '[data-component-id*="runnamecellrenderer"]'  # the sign before the parent's name
+ASSISTANT = '[data-component-id="mlflow.assistant.chat_panel.close"]'
+METRICS = "#dubois-select-2"  # the second list of the plot's settings
+ONLY_DIFFERENCES = "[...document.querySelectorAll('[role=switch]')].forEach(e => e.click())"
+
 STUDY = "layers-made-up"
 FINAL = {"full": 0.78, "decoder": 0.69, "lora": 0.74, "flap": 0.77}
 SENT = {"full": 362e6, "decoder": 15.6e6, "lora": 5.5e6, "flap": 7.4e6}
@@ -62,20 +67,41 @@ def page() -> Iterator[Browser]:
         yield opened
 
 
-def test_the_runs_page_shows_parent_and_children(
+def test_the_charts_page_shows_parent_and_children(
     study: tuple[str, str, list[str]], page: Browser, tmp_path: Path
 ) -> None:
     server, experiment, _ = study
-    page.open(f"{server}/#/experiments/{experiment}/runs")
-    page.wait_for([STUDY, *CHILDREN])
-    page.save(tmp_path / "mlflow-runs.png")
-    assert (tmp_path / "mlflow-runs.png").stat().st_size > 20_000
+    page.open(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART")
+    page.wait_for([STUDY, "9 matching runs"])
+    page.click(UNFOLD)
+    page.wait_for([STUDY, *CHILDREN, "comm/bytes_total"])
+    page.save(tmp_path / "mlflow-charts.png")
 
 
-def test_the_compare_page_shows_every_child_in_parallel_coordinates(
-    study: tuple[str, str, list[str]], page: Browser, tmp_path: Path
-) -> None:
+def test_the_compare_page_shows_every_child(study: tuple[str, str, list[str]], page: Browser, tmp_path: Path) -> None:
+    """docs/mlflow-parallel-coordinates.png and docs/mlflow-compare.png are these pictures."""
     server, experiment, runs = study
     page.open(f"{server}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment])}")
-    page.wait_for([*CHILDREN, "selection", "test/dice"])
+    page.wait_for([*CHILDREN, "Parallel Coordinates Plot"])
+    page.run("document.querySelector(arguments[0])?.click()", ASSISTANT)
+    page.click(METRICS)
+    page.click('[title="test/dice"]')
+    page.wait(lambda text: [word for word in ("selection", "test/dice") if word not in axes(page)], 60)
+    assert set(FINAL) <= set(axes(page))
+    page.click('[role="tab"][aria-selected="true"]')  # closes the list
+    page.save(tmp_path / "mlflow-parallel-coordinates.png")
+    page.run(ONLY_DIFFERENCES)
+    table = page.wait(lambda text: ["a table of differences alone"] * ("federation.attempts" in text), 60)
+    # The axes' names are in the table too: beside the parameter stand the selections, beside the metric the Dice.
+    assert "selection\t" + "\t".join(name for name in FINAL for _ in (0, 1)) in table
+    assert "\ntest/dice\n" in table
+    page.run("[...document.querySelectorAll('h2, h3, div')].find(e => e.innerText === 'Run details').scrollIntoView()")
     page.save(tmp_path / "mlflow-compare.png")
+    for picture in ("parallel-coordinates", "compare"):
+        assert (tmp_path / f"mlflow-{picture}.png").stat().st_size > 20_000
+
+
+def axes(page: Browser) -> list[str]:
+    """What is written in the plot."""
+    written: list[str] = page.run("return [...document.querySelectorAll('svg text')].map(e => e.textContent)")
+    return written

@@ -40,6 +40,15 @@ class Browser:
         """What the JavaScript returns."""
         return self._ask("POST", f"{self._session}/execute/sync", {"script": script, "args": list(arguments)})
 
+    def click(self, css: str, seconds: float = 60) -> None:
+        """A click as with a mouse on the first element that matches, once there is one."""
+        end = time.monotonic() + seconds
+        while not (found := self._ask("POST", f"{self._session}/elements", {"using": "css selector", "value": css})):
+            assert time.monotonic() < end, f"nothing on the page is {css}"
+            time.sleep(0.3)
+        (element,) = found[0].values()
+        self._ask("POST", f"{self._session}/element/{element}/click", {})
+
     def text(self) -> str:
         """What can be read on the page: text, and the texts inside drawings."""
         drawn = "[...document.querySelectorAll('svg text')].map(t => t.textContent).join('\\n')"
