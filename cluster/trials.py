@@ -209,18 +209,22 @@ class _Listener(tune.Callback):
         return {}  # Tune keeps a copy of itself on disk, where a study's own listeners are of no use
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        name = trial.config["trial"]
-        told = self._told.setdefault(name, [])
         if "numbers" in result and not result["done"]:
-            if told and told[-1][0] >= result["round"]:
-                told.clear()  # begun anew after its node was lost
-            told.append((result["round"], result["numbers"]))
-            self._on_round(name, result["round"], result["numbers"])
+            self._heard(trial.config["trial"], result)
+
+    def _heard(self, name: str, result: Mapping[str, Any]) -> None:
+        told = self._told.setdefault(name, [])
+        if told and told[-1][0] >= result["round"]:
+            told.clear()  # begun anew after its node was lost
+        told.append((result["round"], result["numbers"]))
+        self._on_round(name, result["round"], result["numbers"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         name, last = trial.config["trial"], trial.last_result
-        told = tuple(self._told.get(name, ()))
         finished = "result" in last
+        if not finished:
+            self._heard(name, last)  # of the round that a trial is stopped after, Tune tells nobody else
+        told = tuple(self._told.get(name, ()))
         self._on_end(Ended(name, last.get("result"), last.get("error", ""), not finished, told))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
