@@ -11,6 +11,8 @@ from fedsam_core.errors import ClusterError, FedsamError
 
 _AHEAD = 2  # tasks in flight for each CPU of the node: enough that none waits, few enough that no memory fills up
 
+_TASK_CPUS = 0.99  # of a node's only CPU its site's actor holds a sliver: a task that wants it all would wait for ever
+
 
 def each_on_node(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """The results of `work` in the order of the items. Both must be picklable.
@@ -31,7 +33,7 @@ def each_on_node(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[A
         for item in items:
             if len(waiting) >= ahead:
                 yield _result(waiting.popleft())
-            waiting.append(apply.options(num_cpus=1, scheduling_strategy=pinned).remote(shared, item))
+            waiting.append(apply.options(num_cpus=_TASK_CPUS, scheduling_strategy=pinned).remote(shared, item))
         while waiting:
             yield _result(waiting.popleft())
     finally:

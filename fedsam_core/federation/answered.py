@@ -1,9 +1,9 @@
 """What a site has answered, so that it answers nothing twice, not even after a restart.
 
 Attempts of a run are numbered upwards, and so are its rounds: the last ones entered are enough to refuse a repetition.
-And what a sum is about (the slices, or the update or the scores of one global state) is opened for one set of survivors
-only: an attempt that seemed to fail may have been opened all the same, and a second one without some site, whose
-contributions are equal to the bit, would show that site's values as the difference.
+And what a sum is about (the slices, the scores of one global state, or a round's update of it) is opened for one set of
+survivors only: an attempt that seemed to fail may have been opened all the same, and a second one without some site,
+whose contributions are equal to the bit, would show that site's values as the difference.
 
 A site with a lasting identity (a roster) keeps this in a file a run, beside its key; a development identity ends with
 the process, and so may this.
@@ -90,4 +90,6 @@ class Answered:
 
 
 def _topic(attempt: Attempt, about: str) -> str:
-    return f"{about} {attempt.model_hash[:32]}"
+    """What a sum is about. Training is another in every round, as its draws are; all else is of the state alone."""
+    trained = about.startswith(("update", "magnitudes"))
+    return f"{about} {attempt.model_hash[:32]}" + (f" {attempt.round}" if trained else "")

@@ -141,6 +141,20 @@ def _dies(item: int) -> int:
     raise SystemExit(item)
 
 
+class _Sited:
+    """As a site's actor: it holds a sliver of the CPU of its node, which has only one."""
+
+    def work(self) -> list[int]:
+        return list(each_on_node(abs, [-1, -2, -3]))
+
+
+def test_a_node_with_a_single_cpu_prepares_beside_its_site(ray_cluster: tuple[str, ...]) -> None:
+    placed: Any = {"num_cpus": 0.001, "resources": {f"site_{ray_cluster[0]}": 0.001}}
+    actor: Any = ray.remote(_Sited).options(**placed).remote()
+    assert ray.get(actor.work.remote(), timeout=60) == [1, 2, 3]
+    ray.kill(actor)
+
+
 def test_tasks_stay_on_their_node_keep_order_and_pass_errors_on(ray_cluster: tuple[str, ...]) -> None:
     here = ray.get_runtime_context().get_node_id()
     assert list(each_on_node(_whereabouts, range(5))) == [(item, here) for item in range(5)]
