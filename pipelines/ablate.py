@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _command(options: argparse.Namespace) -> None:
     study = load_study(options.study, options.overrides)
-    command = shlex.join(["fedsam", "ablate", options.study, *options.overrides, *["--search"] * options.search])
+    # A study that came as text, as in a job, is kept beside its results: that file is what to call again.
+    source = f"studies/{study.name}/study.yaml" if options.study.startswith("{") else options.study
+    command = shlex.join(["fedsam", "ablate", source, *options.overrides, *["--search"] * options.search])
     if options.list:
         show_trials(study)
     elif options.search:

@@ -206,6 +206,19 @@ def fetch_run(store: Store, run: str, folder: Path) -> int:
     return last
 
 
+def read_run_file(store: Store, run: str, name: str) -> bytes | None:
+    """A file of a run's result: from its folder, or as it was committed; None where neither has it.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    plain = f"runs/{run}/{safe_key(name)}"
+    if store.exists(plain):
+        return store.read_bytes(plain)
+    result = read_commit(store, run, RESULT)
+    return store.read_bytes(f"runs/{run}/{result.key(name)}") if result is not None and name in result.files else None
+
+
 def read_commit(store: Store, run: str, place: str) -> Commit | None:
     """The marker of a round or of the result; None where that is not committed.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 import fedsam_core
+from cluster.store import open_store
 from fedsam_core.errors import ConfigError
 from fedsam_core.store import LocalStore, Store
 from pipelines import console, figures
@@ -31,13 +32,14 @@ from pipelines.analysis import (
     unfinished,
     versus,
 )
+from pipelines.commits import read_run_file
 from pipelines.figures import Look
 from pipelines.page import Lines, Page, Picture, Section, Table, Text, html, markdown
 from pipelines.results import Kind, StudyAbout, TrialResult, read_about, read_results
 from pipelines.stage import guarded
 
 NONE = "–"  # in a cell of which nothing is known
-DEFAULT_STORE = Path("~/.fedsam")
+DEFAULT_STORE = "~/.fedsam"
 PACKAGES = ("torch", "peft", "monai", "ray", "numpy", "scipy", "matplotlib")
 
 
@@ -48,28 +50,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("study", metavar="STUDY", help="name of the study")
     parser.add_argument(
-        "--store", type=Path, default=DEFAULT_STORE, metavar="FOLDER", help="results store (default ~/.fedsam)"
+        "--store",
+        default=DEFAULT_STORE,
+        metavar="PLACE",
+        help="the results store, a folder or s3://bucket/prefix: storage.results or work_dir (default ~/.fedsam)",
     )
+    parser.add_argument("--s3-endpoint", metavar="URL", help="address of an S3 server that is not Amazon's")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write here instead of studies/STUDY/report/ in the store"
     )
     options = parser.parse_args(arguments)
-    sys.exit(guarded(lambda: console.out.print(console.plain(report(options.study, options.store, options.out)))))
+    sys.exit(guarded(lambda: _command(options)))
 
 
-def results_store(folder: Path) -> Store:
-    """The store that the study's results are in."""
-    return LocalStore(folder.expanduser())
+def _command(options: argparse.Namespace) -> None:
+    place = options.store if "://" in options.store else str(Path(options.store).expanduser())
+    console.out.print(console.plain(report(options.study, open_store(place, options.s3_endpoint), options.out)))
 
 
-def report(study: str, folder: Path, out: Path | None = None) -> str:
+def report(study: str, store: Store, out: Path | None = None) -> str:
     """Writes the report and returns where its HTML page is.
 
     Raises:
         ConfigError: there is no such study, no trial of it has ended, or a file is of another version.
         StoreError: the store cannot be read or written.
     """
-    store = results_store(folder)
     page = page_of(store, read_about(store, study), list(read_results(store, study)))
     target, prefix = (store, f"studies/{study}/report/") if out is None else (LocalStore(out.expanduser()), "")
     for picture in page.pictures:
@@ -356,17 +361,17 @@ def _overlays(store: Store, about: StudyAbout, advice: Advice | None) -> Section
     if advice is None:
         return Section("What it looks like", [])
     for trial in advice.take.trials:
-        keys = [f"runs/{trial.run}/pictures/{site}.png" for site in about.sites]
-        shown = [(site, key) for site, key in zip(about.sites, keys, strict=True) if trial.run and store.exists(key)]
+        found = {site: trial.run and read_run_file(store, trial.run, f"pictures/{site}.png") for site in about.sites}
+        shown = [(site, png) for site, png in found.items() if png]
         if shown:
             pictures = [
                 Picture(
                     f"overlay-{number}.png",
-                    store.read_bytes(key),
+                    png,
                     f"Truth and prediction on a test case of {site}",
                     f"{site}: “{trial.group}”, seed {trial.seed}; solid the truth, dashed the prediction.",
                 )
-                for number, (site, key) in enumerate(shown)
+                for number, (site, png) in enumerate(shown)
             ]
             return Section("What it looks like", pictures)
     text = f"No run of “{advice.take.group}” has left pictures in {store.url}: federation.share_pictures=true does."
@@ -420,9 +425,8 @@ def _provenance(store: Store, about: StudyAbout, trials: Sequence[TrialResult]) 
 def _random_weights(store: Store, row: Row) -> bool:
     """Whether a run of the row says that it had no checkpoint; False where its folder is not in the store."""
     for trial in row.trials:
-        key = f"runs/{trial.run}/config.yaml"
-        if trial.run and store.exists(key):
-            config = yaml.safe_load(store.read_bytes(key))
+        if trial.run and (text := read_run_file(store, trial.run, "config.yaml")):
+            config = yaml.safe_load(text)
             return isinstance(config, dict) and config.get("model", {}).get("checkpoint") is None
     return False
 
