@@ -119,8 +119,9 @@ def shares(found: list[Mapping[str, float]], capacity: float) -> dict[str, Any]:
 
 def table(found: Mapping[str, Any]) -> str:
     """Markdown."""
+    trials, places, wall = found["trials"], found["places"], found["wall_s"]
     lines = [
-        f"{found['trials']} trials of {SITES} sites, {found['places']} at once on {NODES} nodes: {found['wall_s']:.0f} s",
+        f"{trials} trials of {SITES} sites, {places} at once on {NODES} nodes: {wall:.0f} s",
         "",
         "| went into | place-seconds | share |",
         "|---|---|---|",
