@@ -177,8 +177,8 @@ class Desk:
         before = read_about(self.store, study.name) if self.store.exists(about_key(study.name)) else None
         if before is not None and before.cohort_hash != first.hash:
             raise ConfigError(
-                f"study {study.name} was begun with other scans or another preprocessing (cohort "
-                f"{before.cohort_hash[:12]}, now {first.hash[:12]}): give the study another name"
+                f"study {study.name} was begun with other scans (cohort {before.cohort_hash[:12]}, now "
+                f"{first.hash[:12]}): give the study another name"
             )
         return StudyAbout(
             name=study.name,

@@ -11,10 +11,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest
 import yaml
+from mlflow.tracking import MlflowClient
 from support.dying import dying
 
 from cluster.placement import Node, SiteNeeds
-from cluster.tracking import Tracking
 from cluster.trainer import scaling
 from fedsam_core.errors import ClusterError, ConfigError, DataError, TrainingError
 from fedsam_core.evaluation.metrics import summarize
@@ -23,7 +23,7 @@ from pipelines import baselines, console
 from pipelines import evaluate as evaluation
 from pipelines.baselines import Baseline, centralized, local, zero_shot
 from pipelines.config import Config, load_config
-from pipelines.federate import federate
+from pipelines.federate import federate, open_tracking
 from pipelines.prepare import prepare_sites, prepared_cohort
 from pipelines.recorder import Event
 from pipelines.run_folder import RunFolder
@@ -68,7 +68,14 @@ def on_ray(made: Made) -> Iterator[Made]:
     import ray
 
     found = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}  # of the tests' own modules, too
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=found)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env=found,
+    )
     try:
         config, prepared = made
         engine = config.engine.model_copy(update={"kind": "ray"})
@@ -125,10 +132,13 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(made: Made, pooled: Basel
     assert any("round 1 was done before" in line for line in again)
     assert any(line.startswith(f"run {resumed.run}:") for line in told)  # the run that was begun
     assert result_of(resumed) == result_of(pooled)
-    client = Tracking(made[0].tracking, made[0].work_dir)._client()
-    tags = client.get_run(resumed.mlflow_run).data.tags
-    assert (tags["mlflow.parentRunId"], tags["mine"], tags["fedsam.stage"]) == (pooled.mlflow_run, "1", "centralize")
-    metrics = client.get_run(resumed.mlflow_run).data.metrics
+    client = MlflowClient(open_tracking(made[0]).uri)
+    experiment = client.get_experiment_by_name(made[0].tracking.experiment)
+    assert experiment is not None
+    runs = {run.data.tags["fedsam.spool"]: run for run in client.search_runs([experiment.experiment_id])}
+    tags, metrics = runs[resumed.mlflow_run].data.tags, runs[resumed.mlflow_run].data.metrics
+    parent = runs[pooled.mlflow_run].info.run_id
+    assert (tags["mlflow.parentRunId"], tags["mine"], tags["fedsam.stage"]) == (parent, "1", "centralize")
     assert metrics["test/dice"] == pytest.approx(resumed.test["dice"])
     assert {f"site/{site}/test_dice" for site in made[1].sites} <= metrics.keys()
     assert [point.step for point in client.get_metric_history(resumed.mlflow_run, "val/dice")] == [0, 1, 2]
