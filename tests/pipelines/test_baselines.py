@@ -141,7 +141,11 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(made: Made, pooled: Basel
     assert (tags["mlflow.parentRunId"], tags["mine"], tags["fedsam.stage"]) == (parent, "1", "centralize")
     assert metrics["test/dice"] == pytest.approx(resumed.test["dice"])
     assert {f"site/{site}/test_dice" for site in made[1].sites} <= metrics.keys()
-    assert [point.step for point in client.get_metric_history(resumed.mlflow_run, "val/dice")] == [0, 1, 2]
+    assert [point.step for point in client.get_metric_history(runs[resumed.mlflow_run].info.run_id, "val/dice")] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_evaluate_finds_the_same_dice_in_the_adapter(made: Made, pooled: Baseline, tmp_path: Path) -> None:
