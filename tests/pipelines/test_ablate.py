@@ -1,6 +1,9 @@
 """A small study from its file to its table, in one process."""
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +85,27 @@ def test_a_study_is_run_once_and_what_is_missing_later(
 
     about = json.loads((trials_folder.parent / "about.json").read_text())
     assert about["planned"][-10:] == [path.id for path in ablate(study(text, "federation.rounds=1"), "x")]
+
+
+def test_a_study_that_was_killed_goes_on_to_the_same_table(study: Callable[..., Study], tmp_path: Path) -> None:
+    text = "selections: [partial-decoder, lora, decoder]"
+    small = study(text, "federation.rounds=1")
+    command = [sys.executable, "-m", "pipelines.ablate", small.model_dump_json(by_alias=True, exclude_unset=True)]
+    trials_folder = tmp_path / "work" / "studies" / "which" / "trials"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (ended := sorted(trials_folder.glob("*.json"))):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    before = {path.name: json.loads(path.read_text())["run"] for path in ended}
+    assert 1 <= len(before) < 3
+    resumed = ablate(small, "x")
+    assert {f"{one.id}.json": one.run for one in resumed if f"{one.id}.json" in before} == before  # not run twice
+    whole = ablate(study(text, "federation.rounds=1", f"work_dir={tmp_path}/other"), "x")
+    assert kept(resumed) == kept(whole)
 
 
 def test_a_trial_that_fails_is_named_and_run_again(
