@@ -27,7 +27,7 @@ class RayEngine:
     def __init__(
         self,
         actors: Mapping[str, ActorHandle[Any]],
-        keep: Callable[[Mapping[str, ActorHandle[Any]]], None] | None = None,
+        keep: Keep | None = None,
     ) -> None:
         """`keep` is given the idle actors in the end; without it they are ended."""
         self._keep = keep

@@ -46,7 +46,7 @@ from pipelines.baseline_record import Baseline, BaselineRecorder, Kind, Scorer
 from pipelines.config import Config
 from pipelines.federate import code_hash, initial_model, open_tracking, run_params, run_tags
 from pipelines.prepare import prepare_sites, store_opener
-from pipelines.recorder import Emit, Event
+from pipelines.recorder import Emit, Event, dice_rows
 from pipelines.run_folder import RunFolder
 from pipelines.stage import Stage
 
@@ -140,7 +140,7 @@ def _launch(
     tags: Mapping[str, str] | None,
 ) -> Baseline:
     _require_pool(config, prepared)
-    prepared = PreparedSites(prepared.described.model_copy(update={"problems": ()}), prepared.config, prepared.shares)
+    prepared = prepared.without_problems()
     config_hash = config.science_hash(prepared.hash)
     run = f"{config.name}-{kind}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}-{token_hex(2)}"
     task = Task(kind, config, prepared, run, parent, dict(tags or {}))
@@ -361,13 +361,7 @@ def run_stage(name: str, baseline: Any, config: Config) -> None:
 
 def show(outcome: Baseline) -> None:
     """Prints the closing table and where everything is."""
-    before, after = outcome.before, outcome.test
-    rows = [
-        (f"{what} {name}", before[part][name]["dice"] if name in before[part] else None, group["dice"])
-        for what, part in (("site", "per_site"), ("class", "per_class"))
-        for name, group in sorted(after[part].items())
-    ]
-    rows.append(("all sites", before["dice"], after["dice"]))
+    rows = dice_rows(outcome.before, outcome.test)
     title = f"{outcome.kind}: Dice on the test cases, in the scans' own grid"
     console.out.print(console.table(title, ("", "before", "after"), rows))
     if outcome.cross:

@@ -264,15 +264,20 @@ def read_tree(path: Path, committed: str) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def read_override(override: str) -> tuple[str, Any]:
+    """Key and value of `dotted.key=value`. Raises ConfigError where it is none, or the value no YAML."""
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         raise ConfigError(f"{override!r} is no override: write dotted.key=value, like learning.batch_size=8")
     try:
-        value = yaml.safe_load(text)
+        return key.strip(), yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {text!r} is not a YAML value ({' '.join(str(error).split())})") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, value = read_override(override)
+    parts = key.split(".")
     for part in parts[:-1]:
         if not isinstance(tree.setdefault(part, {}), dict):
             raise ConfigError(f"{key}: {part} is a single value, it has no key below it")

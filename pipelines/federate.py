@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from secrets import token_hex
 from types import MappingProxyType
@@ -35,7 +34,7 @@ from pipelines import console
 from pipelines.commits import RunCommits, check_results, results_store
 from pipelines.config import Config, flat_settings
 from pipelines.prepare import prepare_sites, prepared_location, store_opener
-from pipelines.recorder import Emit, Event, Outcome, Recorder
+from pipelines.recorder import Emit, Event, Outcome, Recorder, dice_rows
 from pipelines.run_folder import RunFolder
 from pipelines.stage import Stage
 
@@ -106,7 +105,7 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
     """
     check_sites(config, cohort.sites)
     # The driver is told names and hashes; which cases there are, and how many slices, stays with the sites.
-    cohort = replace(cohort, described=cohort.described.model_copy(update={"problems": ()}))
+    cohort = cohort.without_problems()
     if config.engine.kind == "in-process":
         return run_federation(config, cohort, lambda specs: in_process(specs, site_factory(config)), emit)
     preflight(cohort.sites, cluster_nodes(), config.engine.site)
@@ -282,8 +281,9 @@ def roster_tag(config: Config) -> str:
     return "development" if path is None else f"pinned {read_roster(path).hash}"
 
 
+@cache
 def code_hash() -> str:
-    """SHA-256 (hex) over the sources of the three packages."""
+    """SHA-256 (hex) over the sources of the three packages, as they were when it was first asked for."""
     root = Path(fedsam_core.__file__).parents[1]
     sources = [path for package in ("fedsam_core", "cluster", "pipelines") for path in (root / package).rglob("*.py")]
     return stable_hash({str(path.relative_to(root)): file_sha256(path) for path in sorted(sources)})
@@ -291,13 +291,7 @@ def code_hash() -> str:
 
 def show(outcome: Outcome) -> None:
     """Prints the closing table and where everything is."""
-    before, after = outcome.before, outcome.after
-    rows = [
-        (f"{what} {name}", before[part][name]["dice"] if name in before[part] else None, group["dice"])
-        for what, part in (("site", "per_site"), ("class", "per_class"))
-        for name, group in sorted(after[part].items())
-    ]
-    rows.append(("all sites", before["dice"], after["dice"]))
+    rows = dice_rows(outcome.before, outcome.after)
     console.out.print(console.table("Dice on the test cases, in the scans' own grid", ("", "before", "after"), rows))
     if outcome.personal:
         own = [(f"site {site}", group["dice"]) for site, group in sorted(outcome.personal["per_site"].items())]

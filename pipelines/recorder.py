@@ -304,6 +304,16 @@ def summary_of(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def dice_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """Rows of a closing table: each site and class, then all sites, with Dice before and after training."""
+    rows = [
+        (f"{what} {name}", before[part][name]["dice"] if name in before[part] else None, group["dice"])
+        for what, part in (("site", "per_site"), ("class", "per_class"))
+        for name, group in sorted(after[part].items())
+    ]
+    return [*rows, ("all sites", before["dice"], after["dice"])]
+
+
 def site_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """A row a site: how many cases, Dice over the classes, Dice of each."""
     return [

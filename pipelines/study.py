@@ -30,13 +30,12 @@ from cluster.trials import EarlyStop
 from fedsam_core.errors import ConfigError
 from fedsam_core.hashing import stable_hash
 from fedsam_core.sam.geometry import BACKBONES
-from fedsam_core.selection import GROUPS, PRESETS, LayerSelection, LoraTargets, Projection
+from fedsam_core.selection import GROUPS, PRESETS, LayerSelection, LoraTargets, Projection, preset
 from fedsam_core.settings import Settings
-from pipelines.config import Config, config_tree, explain, flatten, inline, load_config, read_tree
+from pipelines.config import Config, config_tree, explain, flatten, inline, load_config, read_override, read_tree
 from pipelines.results import Kind
 
 Baseline = Literal["centralized", "local", "zero-shot"]
-DEFAULT_RANK = 32  # of presets, see LoraTargets
 
 
 class Blocks(Settings):
@@ -148,12 +147,7 @@ def load_study(source: str, overrides: Sequence[str] = ()) -> Study:
     tree = _inline_tree(source) if source.startswith("{") else read_tree(path, f"studies {', '.join(studies())}")
     if isinstance(named := tree.get("config"), str) and (path.parent / named).is_file():
         tree["config"] = os.path.abspath(path.parent / named)  # a study's own experiment lies beside it
-    given = dict(tree.get("overrides") or {})
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} is no override: write dotted.key=value, like federation.rounds=8")
-        given[key.strip()] = yaml.safe_load(text)
+    given = dict(tree.get("overrides") or {}) | dict(read_override(override) for override in overrides)
     try:
         study = Study.model_validate({**tree, "overrides": given})
     except ValidationError as error:
@@ -244,12 +238,12 @@ def _config(study: Study, settings: Mapping[str, Any], seed: int) -> Config:
 
 
 def _written(one: str | LayerSelection | Blocks | Components, config: Config) -> Iterator[LayerSelection]:
-    rank = config.rank or DEFAULT_RANK
+    rank = config.rank or LoraTargets().rank
     if isinstance(one, LayerSelection):
         yield one
     elif isinstance(one, str):
         for name in PRESETS if one == "presets" else (one,):
-            yield config.model_copy(update={"selection": name}).layers
+            yield preset(name, config.rank)
     elif isinstance(one, Blocks):
         depth = BACKBONES[config.model.backbone].depth
         for first in range(0, depth, one.blocks):

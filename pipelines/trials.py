@@ -1,7 +1,8 @@
 """One trial of a study, of whatever kind, and what it books on a cluster."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from cluster.placement import Node, plan
@@ -40,7 +41,7 @@ class Task:
     study: str
     parent: str | None
 
-    @property
+    @cached_property  # a checkpoint is hashed for it
     def id(self) -> str:
         """Of the trial with this cohort and this code."""
         return self.trial.id(self.cohort.hash, code_hash())
@@ -81,7 +82,7 @@ def run_trial(task: Task, tell: Tell, kept: dict[str, Any]) -> TrialResult:
     if task.trial.kind != "federated":
         return _run_baseline(task)
     check_sites(config, cohort.sites)
-    cohort = replace(cohort, described=cohort.described.model_copy(update={"problems": ()}))
+    cohort = cohort.without_problems()
 
     def look_on(event: Event) -> None:
         if event.numbers:

@@ -7,7 +7,7 @@ histogram is seen in the open. Read `prepare_shares` first; an engine carries it
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,10 @@ class PreparedSites:
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, sorted."""
         return tuple(sorted(self.shares))
+
+    def without_problems(self) -> "PreparedSites":
+        """What a driver is told: names and hashes. Which cases were left out, and why, stays with who prepared them."""
+        return replace(self, described=self.described.model_copy(update={"problems": ()}))
 
     @property
     def hash(self) -> str:

@@ -24,6 +24,9 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from cluster.store import open_store
+from fedsam_core.store import Store
+
 SITES = ("site-a", "site-b", "site-c")
 
 
@@ -148,6 +151,15 @@ def seaweed(s3_keys: None) -> Iterator[Seaweed]:
         yield own
     finally:
         own.remove()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """One of each kind, empty."""
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    server = request.getfixturevalue("s3_server")
+    return open_store(f"s3://{server.bucket}/{tmp_path.name}", server.endpoint)
 
 
 @pytest.fixture(scope="session")

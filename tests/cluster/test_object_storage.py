@@ -21,14 +21,6 @@ from pipelines.commits import RunCommits, check_results, fetch_run, round_place
 from pipelines.stage import Stage
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(request, tmp_path):
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    server = request.getfixturevalue("s3_server")
-    return open_store(f"s3://{server.bucket}/{tmp_path.name}", server.endpoint)
-
-
 def test_what_is_there_is_not_created_again(store):
     assert store.create("a/commit.json", b"mine")
     assert store.create("a/commit.json", b"mine")  # as after an answer that was lost

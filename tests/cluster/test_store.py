@@ -13,14 +13,6 @@ from fedsam_core.errors import StoreError
 from fedsam_core.store import LocalStore
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(request, tmp_path):
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    server = request.getfixturevalue("s3_server")
-    return open_store(f"s3://{server.bucket}/{tmp_path.name}", server.endpoint)
-
-
 def says(error, *parts):
     """The error is one line with all these parts."""
     text = str(error.value)
