@@ -1,9 +1,14 @@
-"""What all tests share: where the real scans are."""
+"""What all tests share: where the real scans are, and an order."""
 
 import os
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on the Ray cluster come last: its nodes live to the end, and nobody else is to share a machine with them."""
+    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")

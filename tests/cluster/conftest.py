@@ -30,7 +30,7 @@ from fedsam_core.store import Store
 SITES = ("site-a", "site-b", "site-c")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[tuple[str, ...]]:
     """A head and a node for each of `SITES` (1 CPU, resource site_<id>), and this process connected to them."""
     import ray
