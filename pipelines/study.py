@@ -8,6 +8,7 @@
       - {blocks: 4}                      # LoRA on q and v of encoder blocks 0-3, of 4-7, ... each alone
       - {components: [lora.encoder.q, lora.decoder.v, hypernetworks, upscaling], with: [mask_tokens]}
       - {name: last-blocks, lora: {encoder: [q, v], encoder_blocks: [8, 9, 10, 11]}, train: [head]}
+    selection_overrides: {full: {learning.learning_rate: 1.0e-3}}  # settings of one selection
     grid: {rank: [4, 16], federation.rule: [factors, rolora]}      # every combination of these settings
     seeds: [0, 1, 2]
     baselines: {centralized: [flap], local: [flap], zero-shot: [lora]}
@@ -82,6 +83,10 @@ class Study(Settings):
     selections: tuple[str | LayerSelection | Blocks | Components, ...] = Field(
         min_length=1, description="which layers: presets, one preset, blocks, components, or written out"
     )
+    selection_overrides: dict[str, dict[str, Any]] = Field(
+        {},
+        description="settings of one selection by its name, such as its own learning rate; its baselines have them too",
+    )
     grid: dict[str, tuple[Any, ...]] = Field({}, description="further settings by dotted key: every combination is run")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="every trial is run with each of these")
     baselines: dict[Baseline, tuple[str, ...]] = Field(
@@ -101,8 +106,19 @@ class Study(Settings):
                 raise ValueError(f"{key} has no value")
         return grid
 
+    @field_validator("selection_overrides")
+    @classmethod
+    def _not_what_selects(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in overrides.items():
+            if taken := {"selection", "seed", "rank"} & set(settings):
+                raise ValueError(f"{name}: {taken.pop()} is given by the study's own selections and seeds, or the grid")
+        return overrides
+
     @model_validator(mode="after")
-    def _ranks_apply(self) -> Self:
+    def _said_once(self) -> Self:
+        for name, settings in self.selection_overrides.items():
+            if twice := sorted(set(settings) & set(self.grid)):
+                raise ValueError(f"selection_overrides gives {name} {twice[0]}, which the grid gives all of them")
         for one in self.selections:
             if isinstance(one, LayerSelection) and "rank" in self.grid:
                 raise ValueError(f"grid.rank does not apply to selection {one.name}, which is written out with its own")
@@ -167,6 +183,9 @@ def trials(study: Study) -> tuple[Trial, ...]:
     found: dict[str, Trial] = {}
     for trial in _all(study):
         found.setdefault(trial.id("", ""), trial)
+    names = {trial.config.layers.name for trial in found.values()}
+    if unknown := sorted(set(study.selection_overrides) - names):
+        raise ConfigError(f"selection_overrides names {unknown[0]}, which study {study.name} does not have")
     return tuple(found.values())
 
 
@@ -178,7 +197,8 @@ def candidates(study: Study) -> tuple[LayerSelection, ...]:
 
 def trials_of(study: Study, selection: LayerSelection) -> tuple[Trial, ...]:
     """A selection with every seed, without the grid."""
-    return tuple(Trial(selection.name, "federated", _config(study, _chosen(selection), seed)) for seed in study.seeds)
+    settings = _chosen(selection) | _own(study, selection.name)
+    return tuple(Trial(selection.name, "federated", _config(study, settings, seed)) for seed in study.seeds)
 
 
 def union(first: LayerSelection, second: LayerSelection, name: str) -> LayerSelection:
@@ -215,7 +235,7 @@ def union(first: LayerSelection, second: LayerSelection, name: str) -> LayerSele
 def _all(study: Study) -> Iterator[Trial]:
     for kind, presets in study.baselines.items():
         for name, seed in itertools.product(presets, study.seeds):
-            yield Trial(f"{kind} {name}", kind, _config(study, {"selection": name}, seed))
+            yield Trial(f"{kind} {name}", kind, _config(study, {"selection": name} | _own(study, name), seed))
     for values in itertools.product(*study.grid.values()):
         settings = dict(zip(study.grid, values, strict=True))
         varied = [f"{key.rpartition('.')[2]}={value}" for key, value in settings.items() if len(study.grid[key]) > 1]
@@ -223,9 +243,15 @@ def _all(study: Study) -> Iterator[Trial]:
             for selection in _written(one, _config(study, settings, study.seeds[0])):
                 # A preset goes by its name: its rank is then a setting, as of any other run.
                 chosen = {"selection": selection.name} if isinstance(one, str) else _chosen(selection)
+                chosen |= _own(study, selection.name)
                 group = " ".join([selection.name, *varied])
                 for seed in study.seeds:
                     yield Trial(group, "federated", _config(study, settings | chosen, seed))
+
+
+def _own(study: Study, selection: str) -> dict[str, Any]:
+    """The settings that a selection alone has."""
+    return study.selection_overrides.get(selection, {})
 
 
 def _chosen(selection: LayerSelection) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 
 from fedsam_core.errors import ConfigError, FedsamError
 from fedsam_core.selection import PRESETS, LayerSelection, LoraTargets
-from pipelines.study import candidates, load_study, trials, union
+from pipelines.study import candidates, load_study, trials, trials_of, union
 
 BASE = "overrides: {cohort.name: phantom, cohort.source: phantom, model.backbone: vit_t, model.image_size: 32, rank: 4}"
 
@@ -31,6 +31,22 @@ def test_a_grid_is_every_combination_and_groups_say_what_varies(tmp_path: Path) 
     assert len({t.group for t in found}) == 8
     one = next(t for t in found if t.group == "lora rank=2 rule=ffa")
     assert (one.config.layers.lora.rank, one.config.federation.rule, one.config.federation.bits) == (2, "ffa", 16)
+
+
+def test_a_selection_has_settings_of_its_own(tmp_path: Path) -> None:
+    text = """selections: [flap, lora]
+grid: {rank: [2, 4]}
+selection_overrides: {lora: {learning.learning_rate: 1.0e-3}}
+baselines: {centralized: [flap, lora]}"""
+    rates = {t.group: t.config.learning.learning_rate for t in trials(study(tmp_path, text))}
+    assert {group for group, rate in rates.items() if rate == 1e-3} == {
+        *("centralized lora", "lora rank=2", "lora rank=4")
+    }
+    assert len(rates) == 6
+    searching = study(
+        tmp_path, "selections: [{blocks: 6}]\nselection_overrides: {blocks-0-5: {learning.local_steps: 7}}"
+    )
+    assert trials_of(searching, candidates(searching)[0])[0].config.learning.local_steps == 7
 
 
 def test_blocks_and_components(tmp_path: Path) -> None:
@@ -87,6 +103,16 @@ def test_a_study_given_as_text(tmp_path: Path) -> None:
         ("selections: [flap]\ngrid: {federation.bits: []}", "federation.bits has no value"),
         ("selections: [{components: [lora.encoder.x]}]", "unknown component 'lora.encoder.x'"),
         ("selections: [{name: mine, train: [head]}]\ngrid: {rank: [2]}", "grid.rank does not apply to selection mine"),
+        (
+            "selections: [flap]\nselection_overrides: {lora: {federation.bits: 8}}",
+            "names lora, which study which does not",
+        ),
+        ("selections: [flap]\nselection_overrides: {flap: {seed: 8}}", "flap: seed is given by"),
+        ("selections: [flap]\nselection_overrides: {flap: {federation.bitz: 8}}", "federation.bitz"),
+        (
+            "selections: [flap]\ngrid: {federation.bits: [8]}\nselection_overrides: {flap: {federation.bits: 16}}",
+            "gives flap federation.bits, which the grid gives all of them",
+        ),
         ("selections: [flap]\nbaselines: {pooled: [flap]}", "pooled"),
     ],
 )
