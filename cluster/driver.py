@@ -79,8 +79,13 @@ def drive(run: Run, emit: Emit, cpus: float = 0.0) -> Any:
         raise  # a bug: Ray's message carries the traceback from the driver
     except (ActorDiedError, ActorUnavailableError) as error:
         raise ClusterError(
-            f"the federation's driver died ({type(error).__name__}), out of memory or with its node: "
-            "see its log in the Ray dashboard and start the run again"
+            f"the federation's driver died ({_reason(error)}): see its log in the Ray dashboard and start the run again"
         ) from error
     finally:
         ray.kill(driver, no_restart=True)
+
+
+def _reason(error: ActorDiedError | ActorUnavailableError) -> str:
+    """Ray's own words on what befell the process; beside them it lists ids, a line each."""
+    told = " ".join(line for line in str(error).splitlines()[1:] if line.strip() and not line.startswith("\t"))
+    return f"{type(error).__name__}: {told[:600]}" if told else type(error).__name__

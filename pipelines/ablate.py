@@ -27,7 +27,7 @@ from pipelines import console
 from pipelines.analysis import MEGABYTE, Estimate, rows_of, unfinished
 from pipelines.commits import results_store
 from pipelines.config import Config, inline
-from pipelines.federate import check, code_hash, open_tracking
+from pipelines.federate import check, open_tracking
 from pipelines.prepare import prepare_sites, prepared_location
 from pipelines.results import (
     StudyAbout,
@@ -40,6 +40,7 @@ from pipelines.results import (
     trial_key,
 )
 from pipelines.search import Step, grow
+from pipelines.sources import code_hash
 from pipelines.stage import guarded
 from pipelines.study import Study, Trial, candidates, load_study, studies, trials, trials_of
 from pipelines.trials import Task, bundles, described, run_trial

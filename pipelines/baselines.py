@@ -44,10 +44,11 @@ from fedsam_core.sam.adapters import local_state, shared_state
 from pipelines import console
 from pipelines.baseline_record import Baseline, BaselineRecorder, Kind, Scorer
 from pipelines.config import Config
-from pipelines.federate import code_hash, initial_model, open_tracking, run_params, run_tags
+from pipelines.federate import initial_model, open_tracking, run_params, run_tags
 from pipelines.prepare import prepare_sites, store_opener
 from pipelines.recorder import Emit, Event, dice_rows
 from pipelines.run_folder import RunFolder
+from pipelines.sources import code_hash
 from pipelines.stage import Stage
 
 POOLED = "pooled"  # where a site's name would stand in the seeds of a pooled round

@@ -36,10 +36,11 @@ from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.config import Config
-from pipelines.federate import code_hash, open_tracking, run_params
+from pipelines.federate import open_tracking, run_params
 from pipelines.prepare import prepared_cohort
 from pipelines.recorder import inputs_of
 from pipelines.run_folder import RunFolder
+from pipelines.sources import code_hash
 from pipelines.stage import Stage
 
 Summary = dict[str, Any]

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from secrets import token_hex
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +22,7 @@ from fedsam_core.federation.preparation import PreparedSites, share_at
 from fedsam_core.federation.rounds import Federation, State, run_rounds
 from fedsam_core.federation.site import FederatedSite, SiteSpec
 from fedsam_core.federation.state import weights_hash
-from fedsam_core.hashing import derive_seed, file_sha256, stable_hash
+from fedsam_core.hashing import derive_seed
 from fedsam_core.sam.adapters import adapt, shared_state
 from fedsam_core.sam.backbones import build_segmenter
 from fedsam_core.sam.segmenter import SamSegmenter
@@ -36,6 +35,7 @@ from pipelines.config import Config, flat_settings
 from pipelines.prepare import prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder, dice_rows
 from pipelines.run_folder import RunFolder
+from pipelines.sources import code_hash
 from pipelines.stage import Stage
 
 OpenEngine = Callable[[list[SiteSpec]], Engine]
@@ -279,14 +279,6 @@ def roster_tag(config: Config) -> str:
     """Whose keys the run trusts. Those of a development roster are collected by the driver: nobody vouches for them."""
     path = config.federation.roster
     return "development" if path is None else f"pinned {read_roster(path).hash}"
-
-
-@cache
-def code_hash() -> str:
-    """SHA-256 (hex) over the sources of the three packages, as they were when it was first asked for."""
-    root = Path(fedsam_core.__file__).parents[1]
-    sources = [path for package in ("fedsam_core", "cluster", "pipelines") for path in (root / package).rglob("*.py")]
-    return stable_hash({str(path.relative_to(root)): file_sha256(path) for path in sorted(sources)})
 
 
 def show(outcome: Outcome) -> None:

@@ -13,10 +13,11 @@ from fedsam_core.federation.preparation import PreparedSites
 from fedsam_core.federation.site import SiteSpec
 from fedsam_core.sam.backbones import manifest_for
 from pipelines.baselines import centralized, local, zero_shot
-from pipelines.federate import check_sites, code_hash, ray_engine, run_federation, site_factory
+from pipelines.federate import check_sites, ray_engine, run_federation, site_factory
 from pipelines.parts import parts_of
 from pipelines.recorder import Event, Outcome
 from pipelines.results import TrialResult
+from pipelines.sources import code_hash
 from pipelines.study import Trial
 
 # What the process of a trial books: sums and scores of others' work take a moment between rounds.

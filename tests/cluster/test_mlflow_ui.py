@@ -1,6 +1,5 @@
 """What a person sees of a study in MLflow's pages. Needs Chromium, and is skipped without it."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,18 +9,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 from support.browser import Browser, browser, missing
 from support.mlflow import mlflow_server
+from support.mlflow_pages import UNFOLD, compare_url, differences, parallel_coordinates
+from support.servers import free_ports
 
 from cluster.tracking import Tracking, TrackingConfig
 from pipelines.config import load_config
 from pipelines.federate import run_params
-from tests.cluster.conftest import free_ports
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
-
-UNFOLD = '[data-component-id*="runnamecellrenderer"]'  # the sign before the parent's name
-ASSISTANT = '[data-component-id="mlflow.assistant.chat_panel.close"]'
-METRICS = "#dubois-select-2"  # the second list of the plot's settings
-ONLY_DIFFERENCES = "[...document.querySelectorAll('[role=switch]')].forEach(e => e.click())"
 
 STUDY = "layers-made-up"
 FINAL = {"full": 0.78, "decoder": 0.69, "lora": 0.74, "flap": 0.77}
@@ -81,27 +76,11 @@ def test_the_charts_page_shows_parent_and_children(
 def test_the_compare_page_shows_every_child(study: tuple[str, str, list[str]], page: Browser, tmp_path: Path) -> None:
     """docs/mlflow-parallel-coordinates.png and docs/mlflow-compare.png are these pictures."""
     server, experiment, runs = study
-    page.open(f"{server}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment])}")
-    page.wait_for([*CHILDREN, "Parallel Coordinates Plot"])
-    page.run("document.querySelector(arguments[0])?.click()", ASSISTANT)
-    page.click(METRICS)
-    page.click('[title="test/dice"]')
-    page.wait(lambda text: [word for word in ("selection", "test/dice") if word not in axes(page)], 60)
-    assert set(FINAL) <= set(axes(page))
-    page.click('[role="tab"][aria-selected="true"]')  # closes the list
-    page.save(tmp_path / "mlflow-parallel-coordinates.png")
-    page.run(ONLY_DIFFERENCES)
-    table = page.wait(lambda text: ["a table of differences alone"] * ("federation.attempts" in text), 60)
+    page.open(compare_url(server, experiment, runs))
+    parallel_coordinates(page, CHILDREN, set(FINAL), tmp_path / "mlflow-parallel-coordinates.png")
+    table = differences(page, tmp_path / "mlflow-compare.png")
     # The axes' names are in the table too: beside the parameter stand the selections, beside the metric the Dice.
     assert "selection\t" + "\t".join(name for name in FINAL for _ in (0, 1)) in table
     assert "\ntest/dice\n" in table
-    page.run("[...document.querySelectorAll('h2, h3, div')].find(e => e.innerText === 'Run details').scrollIntoView()")
-    page.save(tmp_path / "mlflow-compare.png")
     for picture in ("parallel-coordinates", "compare"):
         assert (tmp_path / f"mlflow-{picture}.png").stat().st_size > 20_000
-
-
-def axes(page: Browser) -> list[str]:
-    """What is written in the plot."""
-    written: list[str] = page.run("return [...document.querySelectorAll('svg text')].map(e => e.textContent)")
-    return written

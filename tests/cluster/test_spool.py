@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 from support.mlflow import MlflowServer, mlflow_server
+from support.servers import free_ports
 
 from cluster import sending, tracking
 from cluster.spool import Spool
 from cluster.tracking import Tracking, TrackingConfig
 from pipelines import track
-from tests.cluster.conftest import free_ports
 
 
 @pytest.fixture(scope="module")

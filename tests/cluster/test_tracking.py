@@ -12,10 +12,10 @@ from pathlib import Path
 import boto3
 import pytest
 from mlflow.tracking import MlflowClient
+from support.servers import free_ports
 
 from cluster.tracking import Tracking, TrackingConfig
 from fedsam_core.errors import RoundError, StoreError
-from tests.cluster.conftest import free_ports
 
 
 @pytest.fixture(scope="module")
