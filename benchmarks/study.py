@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests"))  # servers and browser are those of the tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # servers and browser are those of the tests
 
 # Read by Ray and numpy when they are imported.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -36,6 +36,7 @@ from support.servers import S3Server, free_ports, seaweed_server
 from pipelines.config import inline
 from pipelines.study import load_study
 
+REPOSITORY = Path(__file__).parents[1]
 NODES, CPUS = 3, 2
 ON_S3 = f"s3://{S3Server.bucket}"
 
@@ -75,13 +76,18 @@ def nodes() -> Iterator[str]:
     """A head that runs jobs and a few nodes for trials; the address of the jobs' API."""
     folder = tempfile.mkdtemp(prefix="f-", dir="/tmp")  # Ray's socket paths lie in here and must be short
     Path("/tmp/ray").mkdir(exist_ok=True)
-    dashboard, agent = free_ports(2)
-    node = {"object_store_memory": 200 * 2**20, "temp_dir": folder, "dashboard_agent_listen_port": agent}
-    head = {**node, "num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard}
+    dashboard, *agents = free_ports(2 + NODES)
+
+    def own(number: int) -> dict[str, Any]:
+        """What nodes on one machine must not share: a node unpacks a job's files anew over those of another."""
+        return {"dashboard_agent_listen_port": agents[number], "runtime_env_dir_name": f"runtime_{number}"}
+
+    node = {"object_store_memory": 200 * 2**20, "temp_dir": folder}
+    head = {**node, **own(0), "num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for port in free_ports(NODES):
-            cluster.add_node(**{**node, "dashboard_agent_listen_port": port}, num_cpus=CPUS)
+        for number in range(1, 1 + NODES):
+            cluster.add_node(**node, **own(number), num_cpus=CPUS)
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         cluster.shutdown()

@@ -42,6 +42,7 @@ for _chatter in ("alembic", "mlflow"):
 _log = logging.getLogger(__name__)
 
 SPOOL_TAG = "fedsam.spool"
+NAME_TAG = "mlflow.runName"
 PARENT_TAG = "mlflow.parentRunId"
 NEWEST = "newest"  # MLflow keeps the alias `latest` for itself
 

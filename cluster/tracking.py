@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import Field
 
 from cluster.registered import save_model
-from cluster.sending import Sender, Server, brief, deliver
+from cluster.sending import NAME_TAG, Sender, Server, brief, deliver
 from cluster.spool import Entry, Spool
 from cluster.store import open_store
 from fedsam_core.errors import StoreError
@@ -154,7 +154,7 @@ class Tracking:
         """Begins a run, without a word to the server; use it as a context manager.
 
         Args:
-            name: what the UI shows.
+            name: what the UI shows, unless the tags have another under `NAME_TAG`.
             params: flat and comparable; values are recorded as text.
             tags: hashes, device, engine and the like.
             parent: `run_id` of the run that this one belongs to, such as an ablation's.
@@ -165,7 +165,7 @@ class Tracking:
         begin = {
             "do": "begin",
             "time": _now(),
-            "name": name,
+            "name": tags.get(NAME_TAG, name),
             "experiment": self.config.experiment,
             "tags": {key: str(value) for key, value in sorted(tags.items())},
             "parent": parent,

@@ -219,6 +219,7 @@ class _Desk:
             del tags[of_sums]
         tags |= {
             "fedsam.stage": STAGES[task.kind],
+            "fedsam.run": run,
             "fedsam.workers": str(task.config.engine.workers if task.kind == "centralized" else 1),
             "fedsam.device": describe_device(device),
             "fedsam.precision": "bf16" if autocast_dtype(config.learning.precision, device) else "fp32",

@@ -154,6 +154,7 @@ def run_federation(
         tags = {
             **more_tags,
             **run_tags(config, about, manifest, segmenter, config_hash),
+            "fedsam.run": run_id,
             "fedsam.device": devices,
             "fedsam.precision": next(site["precision"] for site in federation.sites.values()),
         }

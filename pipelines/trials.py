@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from cluster.placement import Node, plan
+from cluster.sending import NAME_TAG
 from cluster.site import SitePool
 from cluster.trials import Tell
 from fedsam_core.federation.engine import Engine, in_process
@@ -50,7 +51,12 @@ class Task:
     @property
     def tags(self) -> dict[str, str]:
         """Of its MLflow run, beside those that every run has."""
-        return {"fedsam.study": self.study, "fedsam.trial": self.id, "fedsam.group": self.trial.group}
+        return {
+            NAME_TAG: self.name,
+            "fedsam.study": self.study,
+            "fedsam.trial": self.id,
+            "fedsam.group": self.trial.group,
+        }
 
     @property
     def name(self) -> str:

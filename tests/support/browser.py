@@ -49,6 +49,11 @@ class Browser:
         (element,) = found[0].values()
         self._ask("POST", f"{self._session}/element/{element}/click", {})
 
+    def write(self, css: str, text: str) -> None:
+        """Keys typed into the first element that matches."""
+        (element,) = self._ask("POST", f"{self._session}/element", {"using": "css selector", "value": css}).values()
+        self._ask("POST", f"{self._session}/element/{element}/value", {"text": text})
+
     def text(self) -> str:
         """What can be read on the page: text, and the texts inside drawings."""
         drawn = "[...document.querySelectorAll('svg text')].map(t => t.textContent).join('\\n')"

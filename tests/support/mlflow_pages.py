@@ -7,6 +7,7 @@ from pathlib import Path
 from support.browser import Browser
 
 UNFOLD = '[data-component-id*="runnamecellrenderer"]'  # the sign before the parent's name
+METRICS = ("comm/bytes_total", "test/dice")
 _ASSISTANT = '[data-component-id="mlflow.assistant.chat_panel.close"]'
 _METRICS = "#dubois-select-2"  # the second list of the plot's settings
 _ONLY_DIFFERENCES = "[...document.querySelectorAll('[role=switch]')].forEach(e => e.click())"
@@ -19,12 +20,19 @@ def compare_url(server: str, experiment: str, runs: Sequence[str]) -> str:
 
 
 def parallel_coordinates(page: Browser, names: Sequence[str], selections: Collection[str], png: Path) -> None:
-    """Pictures the plot with Dice as its last axis. Raises AssertionError if a run or selection is not on the page."""
+    """Pictures the plot, with bytes and Dice as its last axes.
+
+    Raises:
+        AssertionError: a run or a selection is not on the page.
+    """
     page.wait_for([*names, "Parallel Coordinates Plot"])
     page.run("document.querySelector(arguments[0])?.click()", _ASSISTANT)
     page.click(_METRICS)
-    page.click('[title="test/dice"]')
-    page.wait(lambda text: [word for word in ("selection", "test/dice", *selections) if word not in _axes(page)], 60)
+    begins_with = {axis for axis in _axes(page) if "/" in axis}
+    for metric in sorted(begins_with.symmetric_difference(METRICS)):
+        page.write(_METRICS, metric)  # the list itself shows no more than ten
+        page.click(f'[title="{metric}"]')  # adds it or takes it away, and empties the field
+    page.wait(lambda text: [word for word in ("selection", *METRICS, *selections) if word not in _axes(page)], 60)
     page.click('[role="tab"][aria-selected="true"]')  # closes the list
     page.save(png)
 
