@@ -53,6 +53,7 @@ class Node:
     cpus: float = 0.0
     gpus: float = 0.0
     resources: Mapping[str, float] = field(default_factory=dict)
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def cluster_nodes() -> tuple[Node, ...]:
             cpus=node["Resources"].get("CPU", 0.0),
             gpus=node["Resources"].get("GPU", 0.0),
             resources=dict(node["Resources"]),
+            id=node["NodeID"],
         )
         for node in nodes
         if node["Alive"]
@@ -99,11 +101,11 @@ def cluster_nodes() -> tuple[Node, ...]:
 def plan(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> dict[str, ActorOptions]:
     """What each site's actor is created with. Says what is wanted; whether it can be had is `preflight`'s."""
     sites = sorted(sites)
-    pinned = needs.pin == "always" or (needs.pin == "auto" and any(_home(site, nodes) for site in sites))
+    pinned = needs.pin == "always" or (needs.pin == "auto" and any(home_nodes(site, nodes) for site in sites))
     options = {}
     for site in sites:
         # A pinned site has a GPU if its own nodes have one, whatever the neighbours have.
-        has_gpu = any(node.gpus > 0 for node in (_home(site, nodes) if pinned else nodes))
+        has_gpu = any(node.gpus > 0 for node in (home_nodes(site, nodes) if pinned else nodes))
         options[site] = ActorOptions(
             cpus=needs.cpus,
             gpus=needs.gpus if needs.gpus is not None else float(has_gpu),
@@ -126,7 +128,7 @@ def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> 
     problems = []
     for site in sites:
         options = wanted[site]
-        homes = _home(site, nodes) if options.resources else nodes
+        homes = home_nodes(site, nodes) if options.resources else nodes
         if not homes:
             resource = site_resource(site)
             known = sorted({name for node in nodes for name in node.resources if name.startswith("site_")})
@@ -148,7 +150,7 @@ def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> 
         raise ClusterError("; ".join(problems))
 
 
-def _home(site: str, nodes: Sequence[Node]) -> list[Node]:
+def home_nodes(site: str, nodes: Sequence[Node]) -> list[Node]:
     """The nodes that announce the site's resource."""
     return [node for node in nodes if node.resources.get(site_resource(site), 0.0) > 0]
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "selections": "what each layer selection trains and sends",
     "data": "check a folder of scans: sites, cases, spacings, and everything that is wrong",
     "prepare": "read and check every scan, and store it ready for training",
+    "doctor": "look at everything that a run will need, on every node, before it begins",
     "ablate": "many layer selections over one cohort: a study, its trials, its table",
     "federate": "train adapter layers across sites; only the masked sum is opened",
     "centralize": "train on the pooled slices of all sites, to compare with; only where pooling is allowed",

@@ -53,18 +53,12 @@ def run(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    """Finds what would only fail hours later, before a scan is read.
+    """Finds what would only fail hours later, before a scan is read; `fedsam doctor` looks at more.
 
     Raises:
         FedsamError: names the key and the fix.
     """
-    if config.federation.scaffold and config.learning.keep_optimizer:
-        raise ConfigError("federation.scaffold corrects each round anew: set learning.keep_optimizer=false")
-    if config.layers.lora is None and (config.federation.rule != "factors" or config.federation.site_ranks):
-        raise ConfigError(
-            f"selection {config.layers.name} has no LoRA, which federation.rule={config.federation.rule} and "
-            "federation.site_ranks are about: set rule=factors, or give the selection lora"
-        )
+    check_settings(config)
     checkpoint = config.model.checkpoint
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
@@ -72,6 +66,17 @@ def check(config: Config) -> None:
     open_tracking(config).check()
     if config.storage.results is not None:
         check_results(results_store(config))
+
+
+def check_settings(config: Config) -> None:
+    """Finds settings that do not go together. Raises ConfigError."""
+    if config.federation.scaffold and config.learning.keep_optimizer:
+        raise ConfigError("federation.scaffold corrects each round anew: set learning.keep_optimizer=false")
+    if config.layers.lora is None and (config.federation.rule != "factors" or config.federation.site_ranks):
+        raise ConfigError(
+            f"selection {config.layers.name} has no LoRA, which federation.rule={config.federation.rule} and "
+            "federation.site_ranks are about: set rule=factors, or give the selection lora"
+        )
 
 
 def check_sites(config: Config, sites: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from pipelines.config import Config, as_overrides
 from pipelines.stage import add_config_arguments, config_from, guarded
 from pipelines.study import Study, load_study
 
-STAGES = ("prepare", "federate", "ablate", "centralize", "evaluate")
+STAGES = ("doctor", "prepare", "federate", "ablate", "centralize", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -73,9 +73,18 @@ def manifest_for(model: ModelConfig, classes: int, selection: LayerSelection) ->
     Raises:
         SelectionError: as `build_segmenter` and `resolve`.
     """
-    with torch.device("meta"), seeded(0):
-        segmenter = _assemble(model, classes, head_layout(model.head, classes, selection), seed=0)
+    segmenter = unallocated_segmenter(model, classes, selection)
     return resolve(selection, {name: tuple(value.shape) for name, value in segmenter.named_parameters()})
+
+
+def unallocated_segmenter(model: ModelConfig, classes: int, selection: LayerSelection) -> SamSegmenter:
+    """A segmenter of shapes alone, on torch's meta device.
+
+    Raises:
+        SelectionError: the head does not suit the selection (see `head_layout`).
+    """
+    with torch.device("meta"), seeded(0):
+        return _assemble(model, classes, head_layout(model.head, classes, selection), seed=0)
 
 
 def head_layout(head: Literal["auto", "flap", "sam"], classes: int, selection: LayerSelection) -> HeadLayout:

@@ -94,6 +94,11 @@ _SCANNERS = (
 _HEIGHT = 200.0  # mm of the body that every scan covers
 
 
+def site_names(config: PhantomConfig) -> tuple[str, ...]:
+    """The sites of the cohort, whether it was made or not."""
+    return tuple(f"site-{chr(ord('a') + site)}" for site in range(config.sites))
+
+
 def list_phantom(
     config: PhantomConfig, work_dir: Path, progress: Callable[[str, int, int], None] | None = None
 ) -> Listing:
@@ -128,7 +133,7 @@ def _write_cohort(config: PhantomConfig, folder: Path, progress: Callable[[str, 
             nib.save(image, folder / "imagesTr" / f"{name}.nii.gz")
             nib.save(label, folder / "labelsTr" / f"{name}.nii.gz")
             test = index >= config.cases_per_site - config.test_per_site
-            rows.append(f"{name},site-{chr(ord('a') + site)},{'test' if test else 'train'}")
+            rows.append(f"{name},{site_names(config)[site]},{'test' if test else 'train'}")
             if progress is not None:
                 progress("phantom", len(rows) - 1, config.sites * config.cases_per_site)
     (folder / "sites.csv").write_text("\n".join(rows) + "\n")
