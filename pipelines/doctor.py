@@ -11,6 +11,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from fedsam_core.federation.engine import describe_failure
 from fedsam_core.federation.preparation import share_at
 from fedsam_core.hashing import file_sha256
 from fedsam_core.sam.backbones import manifest_for
+from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.commits import check_results, results_store
 from pipelines.config import Config
@@ -82,6 +84,11 @@ class Seen:
         cohort = self.config.cohort
         told = next((facts.classes for _, _, facts in self.at_sites() if facts.classes), ("unknown",))
         return len(cohort.classes or (phantom.CLASSES if cohort.source == "phantom" else told))
+
+    @cached_property
+    def manifest(self) -> ParameterManifest:
+        """What is trained. Raises SelectionError."""
+        return manifest_for(self.config.model, self.classes, self.config.layers)
 
 
 def examine(config: Config, quick: bool = False) -> list[Finding]:
@@ -213,7 +220,7 @@ def settings(seen: Seen) -> list[Finding]:
 def model(seen: Seen) -> list[Finding]:
     """Whether the selection fits the model and the sites' ranks."""
     config = seen.config
-    manifest = manifest_for(config.model, seen.classes, config.layers)
+    manifest = seen.manifest
     check_ranks(config, manifest, seen.sites)
     sent = console.size(manifest.bytes_per_site_round)
     text = f"{config.layers.name} on {config.model.backbone}, {config.model.image_size} px: {manifest.trainable:,}"
@@ -332,7 +339,7 @@ def _run_bytes(seen: Seen) -> int:
     """Of a run: a sum and, in the results store, a state for each round; initial and last state; the adapter; MLflow's
     copy of it, once in the spool and once in its place."""
     federation = seen.config.federation
-    values = manifest_for(seen.config.model, seen.classes, seen.config.layers).shared_size
+    values = seen.manifest.shared_size
     sums = values * federation.bits // 8 if federation.keep_sums else 0
     states = 4 * values if seen.config.storage.results is not None else 0
     return federation.rounds * (sums + states) + 3 * 3 * 4 * values
@@ -341,7 +348,7 @@ def _run_bytes(seen: Seen) -> int:
 def _site_bytes(seen: Seen) -> int:
     """Of what sites keep for themselves: their own model, optimiser and control variates."""
     config = seen.config
-    manifest = manifest_for(config.model, seen.classes, config.layers)
+    manifest = seen.manifest
     kept = 2 * config.learning.keep_optimizer + config.federation.scaffold + bool(config.federation.personal_steps)
     sites = max((len(node.sites) for node in seen.nodes.values()), default=0)
     return 4 * sites * (manifest.trainable * kept + sum(entry.numel for entry in manifest.local))

@@ -55,28 +55,33 @@ class Ended:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, cohort_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """stage("prepare", "key=value", ...) runs a stage on the small cohort, vit_t at 32 px, no Ray."""
+def small_settings(tmp_path: Path, cohort_folder: Path) -> list[str]:
+    """The small cohort, vit_t at 32 px, no Ray."""
+    return [
+        "name=small",
+        f"work_dir={tmp_path / 'work'}",
+        "cohort.name=small",
+        "cohort.source=nifti",
+        f"cohort.path={cohort_folder}",
+        "model.backbone=vit_t",
+        "model.image_size=32",
+        "rank=4",
+        "engine.kind=in-process",
+        "federation.rounds=2",
+        "federation.share_pictures=true",
+        "learning.local_steps=2",
+        "learning.batch_size=4",
+    ]
+
+
+@pytest.fixture
+def stage(small_settings: list[str], capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """stage("prepare", "key=value", ...) runs a stage with the small settings."""
     from importlib import import_module
 
     def run(name: str, *overrides: str) -> Ended:
-        settings = [
-            "name=small",
-            f"work_dir={tmp_path / 'work'}",
-            "cohort.name=small",
-            "cohort.source=nifti",
-            f"cohort.path={cohort_folder}",
-            "model.backbone=vit_t",
-            "model.image_size=32",
-            "rank=4",
-            "engine.kind=in-process",
-            "federation.rounds=2",
-            "federation.share_pictures=true",
-            "learning.local_steps=2",
-            "learning.batch_size=4",
-        ]
         with pytest.raises(SystemExit) as ended:
-            import_module(f"pipelines.{name}").STAGE.main([*settings, *overrides])
+            import_module(f"pipelines.{name}").STAGE.main([*small_settings, *overrides])
         captured = capsys.readouterr()
         return Ended(int(ended.value.code or 0), captured.out, captured.err)
 
