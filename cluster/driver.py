@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
+from fedsam_core import logs
 from fedsam_core.errors import ClusterError, FedsamError
 
 Emit = Callable[[Any], None]
@@ -23,6 +24,7 @@ class FederationDriver:
     """Runs a plain function; `events` answers while `run` is at work (two threads of one actor)."""
 
     def __init__(self, run: Run) -> None:
+        logs.set_up()
         self._run = run
         self._events: list[Any] = []
         self._news = threading.Condition()

@@ -10,6 +10,7 @@ import ray
 
 from cluster.engine import RayEngine
 from cluster.placement import ActorOptions
+from fedsam_core import logs
 from fedsam_core.errors import ClusterError, FedsamError
 from fedsam_core.federation.engine import describe_failure
 
@@ -27,6 +28,8 @@ class SiteActor:
     """
 
     def __init__(self, name: str, factory: Callable[[Any], Any], spec: Any) -> None:
+        logs.set_up()
+        logs.about(site=name)
         self._name, self._factory, self._spec = name, factory, spec
         self._site: Any = None
         try:

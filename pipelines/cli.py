@@ -1,9 +1,11 @@
 """`fedsam ...`: the stages, and the tools beside them."""
 
+import os
 import sys
 from importlib import import_module
 
 import fedsam_core
+from fedsam_core import logs
 
 COMMANDS = {
     "demo": "a federation of three synthetic hospitals on this machine, in minutes",
@@ -29,6 +31,9 @@ COMMANDS = {
 def main() -> None:
     """Hands over to the command's own module, so that one command does not wait for another's imports."""
     arguments = sys.argv[1:]
+    if arguments[:1] == ["--log-json"]:  # before a command is imported, and for all processes that it starts
+        os.environ[logs.VARIABLE] = "1"
+        arguments = arguments[1:]
     if arguments and arguments[0] in COMMANDS:
         module = import_module(f"pipelines.{arguments[0]}")
         (module.STAGE.main if hasattr(module, "STAGE") else module.main)(arguments[1:])
@@ -45,12 +50,13 @@ def _help() -> str:
     lines = [f"  {name:<12}{meaning}" for name, meaning in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: fedsam COMMAND [--help] ...",
+            "usage: fedsam [--log-json] COMMAND [--help] ...",
             "",
             "Federated, parameter-efficient fine-tuning of Segment Anything for 3D medical segmentation.",
             "",
             *lines,
             "",
+            f"--log-json, or {logs.VARIABLE}=1: every line is a JSON object with time, level, run, round and site.",
             "A stage takes `--config FILE key=value ...`; `fedsam COMMAND --help` lists the keys.",
         ]
     )

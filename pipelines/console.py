@@ -1,5 +1,6 @@
 """What a person sees: progress bars on a terminal, plain lines in a job's log, and tables."""
 
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,10 +10,18 @@ from rich.markup import escape as plain
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedsam_core import logs
+from fedsam_core.logs import LoggedStream
+
 __all__ = ["Bars", "err", "out", "plain", "size", "table"]
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+logs.set_up()
+# With JSON lines there is no other output: what a person would read becomes records.
+_records = logging.getLogger("pipelines.console")
+_streams: Any = (LoggedStream(_records, logging.INFO), LoggedStream(_records, logging.ERROR))
+_out, _err = _streams if logs.wanted() else (None, None)
+out = Console(file=_out, highlight=False, soft_wrap=True)
+err = Console(file=_err, stderr=_err is None, highlight=False, soft_wrap=True)
 
 
 class Bars:

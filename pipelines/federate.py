@@ -10,18 +10,20 @@ from typing import Any
 
 import fedsam_core
 from cluster.driver import drive
+from cluster.metrics import RoundMetrics
 from cluster.placement import cluster_nodes, plan, preflight
 from cluster.session import ray_session
 from cluster.site import SitePool, create_sites
 from cluster.tracking import Tracking
+from fedsam_core import logs
 from fedsam_core.errors import ClusterError, ConfigError
 from fedsam_core.federation.engine import Engine, describe_failure, in_process
 from fedsam_core.federation.groups import tensor_groups
 from fedsam_core.federation.lora_rules import lora_layers, summed_kinds
 from fedsam_core.federation.preparation import PreparedSites, share_at
-from fedsam_core.federation.rounds import Federation, State, run_rounds
+from fedsam_core.federation.rounds import Federation, RoundReport, State, run_rounds
 from fedsam_core.federation.site import FederatedSite, SiteSpec
-from fedsam_core.federation.state import weights_hash
+from fedsam_core.federation.state import GlobalState, weights_hash
 from fedsam_core.hashing import derive_seed
 from fedsam_core.sam.adapters import adapt, shared_state
 from fedsam_core.sam.backbones import build_segmenter
@@ -38,6 +40,7 @@ from pipelines.run_folder import RunFolder
 from pipelines.sources import code_hash
 from pipelines.stage import Stage
 
+OnRound = Callable[[RoundReport, GlobalState], None]
 OpenEngine = Callable[[list[SiteSpec]], Engine]
 
 
@@ -145,7 +148,9 @@ def run_federation(
     config_hash = config.science_hash(about.hash)
     # The random end keeps two runs apart that start in the same second.
     run_id = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}-{token_hex(2)}"
-    emit(Event(f"run {run_id}: {len(about.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"))
+    size = f"{len(about.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"
+    emit(Event(f"run {run_id}: {size}", run=run_id))
+    logs.about(run=run_id)
 
     specs = site_specs(config, about.sites, run_id, config_hash)
     engine = open_engine(specs)
@@ -173,7 +178,7 @@ def run_federation(
             recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config, commits)
             try:
                 recorder.begin(federation.score("test", 0), federation.score("val", 0))
-                run_rounds(federation, recorder.after_round)
+                run_rounds(federation, _in_turn(recorder.after_round, RoundMetrics(run_id)))
                 rounds = config.federation.rounds
                 final = federation.score("test", rounds, pictures=True)
                 has_own = bool(config.federation.personal_steps or config.layers.local)
@@ -187,6 +192,16 @@ def run_federation(
                 recorder.keep_record()  # of what failed, too
     finally:
         engine.close()
+
+
+def _in_turn(record: OnRound, tell: RoundMetrics) -> OnRound:
+    """What is called after a round: it is kept first, and then told of."""
+
+    def after_round(report: RoundReport, state: GlobalState) -> None:
+        record(report, state)
+        tell(report)
+
+    return after_round
 
 
 def open_tracking(config: Config) -> Tracking:
@@ -307,6 +322,7 @@ def show(outcome: Outcome) -> None:
 
 
 def _print(bars: console.Bars, event: Event) -> None:
+    logs.about(**({"run": event.run} if event.run else {}), **({"round": event.done} if event.total else {}))
     console.out.print(event.text)
     if event.total:
         bars("rounds", event.done, event.total)

@@ -30,6 +30,7 @@ class Event:
         text: a line for the log.
         done, total: rounds that are finished, of how many.
         tracked: `run_id` of the tracker, told once: whoever looks on closes that run should the driver be killed.
+        run: id of the run, told once.
         numbers: of the round that has just been done: "dice" on the validation cases, "bytes_up", "bytes_down" so far.
     """
 
@@ -37,6 +38,7 @@ class Event:
     done: int = 0
     total: int = 0
     tracked: str = ""
+    run: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 

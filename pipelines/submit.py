@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import jobs
+from fedsam_core import logs
 from fedsam_core.errors import ClusterError, ConfigError
 from pipelines.config import Config, as_overrides
 from pipelines.stage import add_config_arguments, config_from, guarded
@@ -50,7 +51,9 @@ def submit(command: Sequence[str], address: str | None) -> None:
     Raises:
         ClusterError: no cluster answers, or the job failed.
     """
-    job = jobs.submit(address, shlex.join(command), working_dir(), env_vars={})
+    job = jobs.submit(
+        address, shlex.join(command), working_dir(), env_vars={logs.VARIABLE: "1"} if logs.wanted() else {}
+    )
     status = jobs.follow(address, job)
     if status == jobs.STOPPED:
         raise KeyboardInterrupt

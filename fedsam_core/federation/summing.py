@@ -195,7 +195,10 @@ class SummingSite(ABC):
         except SecureSumError as error:
             attempt = announced or self._attempt
             place = f"run {attempt.run}, round {attempt.round}, attempt {attempt.attempt}" if attempt else "no attempt"
-            _log.warning("site %s refused %s (%s): %s", self.spec.site, what, place, describe_failure(error))
+            about = {"run": self.spec.run, "site": self.spec.site}
+            about |= {"round": attempt.round, "attempt": attempt.attempt} if attempt else {}
+            why = describe_failure(error)
+            _log.warning("site %s refused %s (%s): %s", self.spec.site, what, place, why, extra=about)
             if not isinstance(error, OutOfTurn):  # whoever asks out of turn does not end what is under way
                 self._end_sum()
             raise
