@@ -1,7 +1,7 @@
 """Certificates for Ray's TLS: one authority a cluster, one certificate a node.
 
-Ray's processes are clients and servers of each other, and each shows its certificate: whoever has none of this authority
-neither gets in nor is believed. ca.key makes more of them and belongs on no node.
+Ray's processes are clients and servers of each other, and each shows its certificate: whoever has none of this
+authority neither gets in nor is believed. ca.key makes more of them and belongs on no node.
 """
 
 import ipaddress

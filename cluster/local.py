@@ -18,7 +18,9 @@ from pathlib import Path
 
 import psutil
 import requests
+from ray.util import get_node_ip_address
 
+from cluster.certificates import make_certificates, tls_variables
 from fedsam_core.errors import ClusterError
 
 _MARK = "FEDSAM_LOCAL_CLUSTER"  # in the environment of every process of the cluster, and of nobody else's
@@ -32,16 +34,19 @@ def local_cluster(
     num_cpus: int | None = None,
     resources: Mapping[str, float] | None = None,
     object_store_mb: int = 256,
+    tls: bool = False,
 ) -> Iterator[str]:
     """Starts a Ray head with dashboard and jobs on the loopback; yields its address for `cluster.jobs`.
 
     Within the block RAY_AUTH_MODE and RAY_AUTH_TOKEN in this process's environment open the cluster, and nobody without
-    the token gets in. On leaving, what was started is stopped and nothing else: other Ray clusters on the machine stay.
+    the token gets in. With `tls` what Ray's processes say to each other is encrypted, too, under certificates of this
+    cluster's own; the jobs API stays plain, as it is on the loopback. On leaving, what was started is stopped and nothing else: other Ray clusters on the machine stay.
 
     Args:
         num_cpus: CPUs that Ray may book; by default those of the machine, but at least 4, so that three sites fit.
         resources: custom resources of the node, such as {"site_A": 1}.
         object_store_mb: shared memory for objects, MiB.
+        tls: encrypt.
 
     Raises:
         ClusterError: Ray did not come up.
@@ -55,6 +60,8 @@ def local_cluster(
     folder = Path(tempfile.mkdtemp(prefix="fedsam-", dir=base if len(base) <= _LONGEST_BASE else "/tmp"))  # noqa: S108
     mark = secrets.token_hex(16)
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if tls:
+        access |= tls_variables(folder / "tls", make_certificates(folder / "tls", [get_node_ip_address()])[0])
     environment = {
         **os.environ,
         **access,

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "write a trained model as PEFT adapter, plain SAM checkpoint and ONNX",
     "verify": "replay the record of a run: signatures, survivors, sums, global states",
     "track": "send what runs could not to MLflow, and start an MLflow server",
+    "certs": "make the certificates with which a Ray cluster's nodes know each other and encrypt",
     "submit": "run a stage as a job on a Ray cluster",
     "keys": "make a site's identity, and see whom a roster trusts",
 }

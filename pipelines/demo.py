@@ -21,16 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="fedsam demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the demo's own")
+    parser.add_argument("--tls", action="store_true", help="encrypt what Ray's processes say to each other")
     options = parser.parse_intermixed_args(arguments)
-    sys.exit(guarded(lambda: demo(load_config("demo", options.overrides))))
+    sys.exit(guarded(lambda: demo(load_config("demo", options.overrides), options.tls)))
 
 
-def demo(config: Config) -> None:
+def demo(config: Config, tls: bool = False) -> None:
     """Prepares, federates as a Ray job, and leaves nothing running."""
     console.out.print("[bold]1/3[/] the cohort: three hospitals with a different scanner each")
     prepare.run(config)
     console.out.print("\n[bold]2/3[/] a local Ray cluster")
-    with jobs.local_cluster() as address:
+    with jobs.local_cluster(tls=tls) as address:
         console.out.print(f"Ray is up: dashboard and jobs at {address}")
         console.out.print("\n[bold]3/3[/] the federation, as a Ray job")
         submit(stage_command("federate", config), address)

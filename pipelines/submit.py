@@ -51,9 +51,8 @@ def submit(command: Sequence[str], address: str | None) -> None:
     Raises:
         ClusterError: no cluster answers, or the job failed.
     """
-    job = jobs.submit(
-        address, shlex.join(command), working_dir(), env_vars={logs.VARIABLE: "1"} if logs.wanted() else {}
-    )
+    environment = {logs.VARIABLE: "1"} if logs.wanted() else {}
+    job = jobs.submit(address, shlex.join(command), working_dir(), environment)
     status = jobs.follow(address, job)
     if status == jobs.STOPPED:
         raise KeyboardInterrupt
