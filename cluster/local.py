@@ -40,7 +40,8 @@ def local_cluster(
 
     Within the block RAY_AUTH_MODE and RAY_AUTH_TOKEN in this process's environment open the cluster, and nobody without
     the token gets in. With `tls` what Ray's processes say to each other is encrypted, too, under certificates of this
-    cluster's own; the jobs API stays plain, as it is on the loopback. On leaving, what was started is stopped and nothing else: other Ray clusters on the machine stay.
+    cluster's own; the jobs API stays plain, as it is on the loopback. On leaving, what was started is stopped and
+    nothing else: other Ray clusters on the machine stay.
 
     Args:
         num_cpus: CPUs that Ray may book; by default those of the machine, but at least 4, so that three sites fit.
