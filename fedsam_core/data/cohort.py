@@ -4,6 +4,7 @@ The manifest lists every case with its geometry, intensities and content hashes,
 scans again to know them, and two people can tell whether they hold the same cohort.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -147,8 +148,10 @@ class CohortConfig(Settings):
             raise ValueError(
                 f"source {self.source} needs `path`, the folder that holds the scans, or `sites`, a folder a site"
             )
-        if odd := [site for site in self.sites or {} if not site.replace("_", "").replace("-", "").isalnum()]:
-            raise ValueError(f"site name {odd[0]!r} in `sites`: use letters, digits, dash and underscore")
+        if odd := [site for site in self.sites or {} if not re.fullmatch(r"\w[\w-]*", site)]:
+            raise ValueError(
+                f"site name {odd[0]!r} in `sites`: use letters, digits, dash and underscore, no dash first"
+            )
         return self
 
 
