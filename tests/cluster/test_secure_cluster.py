@@ -132,9 +132,8 @@ def test_a_run_with_token_tls_and_rosters_leaves_no_secret_behind(
         secrets[name] = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
     store = open_store(bucket, s3_server.endpoint)
     stored = {key: store.read_bytes(key) for key in store.list()}
-    left = (
-        contents(work) | contents(tmp_path / "sites") | {f"said/{stage}": text.encode() for stage, text in said.items()}
-    )
+    left = contents(work) | contents(tmp_path / "sites")
+    left |= {f"said/{stage}": text.encode() for stage, text in said.items()}
     for kind, needle in (
         ("run folder", "/runs/"),
         ("MLflow database", "mlflow.db"),

@@ -3,6 +3,7 @@
 import ast
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,14 @@ def test_a_malicious_checkpoint_is_refused_and_not_run(write: Any, where: str, t
     mark, path = tmp_path / "executed", tmp_path / "sam.pth"
     evil = Evil(mark)
     weights = {"image_encoder.pos_embed": torch.zeros(1, 2, 2, 192)}
-    write(
-        {"whole": evil, "value": {"image_encoder.pos_embed": evil}, "beside weights": {**weights, "x": evil}}[where],
-        path,
-    )
+    hidden = {"value": {"image_encoder.pos_embed": evil}, "beside weights": {**weights, "x": evil}}
+    write(hidden.get(where, evil), path)
     with pytest.raises(CheckpointError, match=r"sam\.pth is truncated or not a checkpoint"):
         build_segmenter(ModelConfig(backbone="vit_t", image_size=32, checkpoint=path), 1, preset("lora", 4), seed=0)
     assert not mark.exists()
     # The file is what it claims to be: with the check switched off it would have run.
-    torch.load(path, weights_only=False)
+    with suppress(RuntimeError):  # it is no checkpoint, which torch finds out too late
+        torch.load(path, weights_only=False)
     assert mark.read_text() == "executed"
 
 
@@ -69,15 +69,8 @@ def test_nothing_in_the_product_unpickles_or_runs_what_it_reads() -> None:
     loads = [keywords for _, name, keywords in made if name == "torch.load"]
     assert loads
     assert all(keywords.get("weights_only") == "True" for keywords in loads)
-    forbidden = (
-        "pickle.load",
-        "pickle.loads",
-        "cloudpickle.loads",
-        "joblib.load",
-        "yaml.unsafe_load",
-        "yaml.full_load",
-    )
-    forbidden += ("eval", "exec", "os.system", "os.popen", "marshal.loads", "torch.jit.load")
+    forbidden = ["pickle.load", "pickle.loads", "cloudpickle.loads", "joblib.load", "marshal.loads", "torch.jit.load"]
+    forbidden += ["yaml.unsafe_load", "yaml.full_load", "eval", "exec", "os.system", "os.popen"]
     assert not [(path, name) for path, name, _ in made if name in forbidden]
     assert not [(path, name) for path, name, keywords in made if keywords.get("shell") == "True"]
     assert not [(path, name) for path, name, keywords in made if keywords.get("allow_pickle") == "True"]
