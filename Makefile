@@ -28,11 +28,13 @@ demo: setup  ## a federation of three synthetic hospitals on a local Ray cluster
 test: setup  ## every test (real scans too, where FEDSAM_REAL_DATA names their folder)
 	$(BIN)/python -m pytest
 
-lint: setup  ## style, types, floors
+lint: setup  ## style, types, floors, secrets in the sources, known weaknesses of packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/scan.py secrets
+	$(BIN)/python tools/scan.py packages
 
 format: setup  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
