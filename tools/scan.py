@@ -35,7 +35,8 @@ def main() -> int:
 
 def secrets(accept: bool) -> int:
     """Compares what is found with the baseline, by content."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")  # noqa: S607
+    git = ["git", "ls-files"]
+    listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()  # noqa: S603
     files = [name for name in listed if name and name not in (BASELINE.name, "constraints.txt")]
     command = [str(PROGRAMS / "detect-secrets"), "scan", *files]
     scan = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)  # noqa: S603
