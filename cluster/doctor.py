@@ -204,7 +204,7 @@ def look_at_nodes(
         name = questions[node][0]
         try:
             found = ray.get(ref, timeout=max(0.0, end - time.monotonic()))
-            off, error = _clock_off(lambda: ray.get(clocks[node].remote(), timeout=max(1.0, end - time.monotonic())))  # noqa: B023
+            off, within = _clock_off(lambda: ray.get(clocks[node].remote(), timeout=max(1.0, end - time.monotonic())))  # noqa: B023
         except ray.exceptions.GetTimeoutError:
             silent[node] = f"{name} does not answer within {deadline:g} s"
             ray.cancel(ref, force=True)
@@ -212,7 +212,7 @@ def look_at_nodes(
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
             silent[node] = f"{name}: {describe_failure(cause or error)[:300]}"
         else:
-            facts[node] = _named(found, name, off, error)
+            facts[node] = _named(found, name, off, within)
     return facts, silent
 
 

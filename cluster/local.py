@@ -62,7 +62,8 @@ def local_cluster(
     mark = secrets.token_hex(16)
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     if tls:
-        access |= tls_variables(folder / "tls", make_certificates(folder / "tls", [get_node_ip_address()])[0])
+        own: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+        access |= tls_variables(folder / "tls", make_certificates(folder / "tls", [own])[0])
     environment = {
         **os.environ,
         **access,

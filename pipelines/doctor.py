@@ -199,7 +199,7 @@ def _placement(config: Config, nodes: Sequence[Node], placed: Mapping[str, Actor
         return [_failed("placement", error)]
     pinned = sum(bool(options.resources) for options in placed.values())
     text = f"{len(placed)} sites fit on {len(nodes)} nodes, {pinned} of them on nodes of their own"
-    free = ray.available_resources()
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     wanted = {"CPU": sum(p.cpus for p in placed.values()), "GPU": sum(p.gpus for p in placed.values())}
     for name, amount in wanted.items():
         if amount > free.get(name, 0.0):

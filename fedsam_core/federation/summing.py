@@ -195,7 +195,7 @@ class SummingSite(ABC):
         except SecureSumError as error:
             attempt = announced or self._attempt
             place = f"run {attempt.run}, round {attempt.round}, attempt {attempt.attempt}" if attempt else "no attempt"
-            about = {"run": self.spec.run, "site": self.spec.site}
+            about: dict[str, str | int] = {"run": self.spec.run, "site": self.spec.site}
             about |= {"round": attempt.round, "attempt": attempt.attempt} if attempt else {}
             why = describe_failure(error)
             _log.warning("site %s refused %s (%s): %s", self.spec.site, what, place, why, extra=about)

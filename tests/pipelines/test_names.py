@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -64,10 +64,12 @@ pieces = st.sampled_from(
         *("．．／", "\u2024\u2024\u2215", "\u202egpj", "\u200b", "\ufeff", "é", "e\u0301", "北", "a", "B7", "_"),
     ]
 )
+FEW = settings(max_examples=40, deadline=None)
 nasty = st.one_of(st.text(max_size=12), st.lists(pieces, max_size=5).map("".join), st.from_regex(r"\w[\w.-]*"))
 
 
 @pytest.mark.parametrize("kind", NAMES)
+@FEW
 @given(name=nasty)
 @example(name="a\n")
 @example(name="..")
@@ -90,6 +92,7 @@ def test_ordinary_names_are_accepted(kind: str) -> None:
     assert accepted(NAMES[kind], "north-2")
 
 
+@FEW
 @given(key=nasty)
 def test_an_accepted_key_stays_in_its_store(key: str) -> None:
     try:
@@ -112,6 +115,7 @@ def test_a_run_that_leads_out_of_the_store_is_not_fetched(run: str, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@FEW
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30))
 @example(text="x'; rm -rf ~ #")
 @example(text='$(id) `id` \\ "\n')
