@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -212,13 +212,8 @@ def look_at_nodes(
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
             silent[node] = f"{name}: {describe_failure(cause or error)[:300]}"
         else:
-            facts[node] = _named(found, name, off, within)
+            facts[node] = replace(found, name=name, clock_off=off, clock_error=within)
     return facts, silent
-
-
-def _named(found: NodeFacts, name: str, off: float, error: float) -> NodeFacts:
-    values = {**found.__dict__, "name": name, "clock_off": off, "clock_error": error}
-    return NodeFacts(**values)
 
 
 def _now() -> float:
