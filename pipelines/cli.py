@@ -21,6 +21,8 @@ COMMANDS = {
     "verify": "replay the record of a run: signatures, survivors, sums, global states",
     "track": "send what runs could not to MLflow, and start an MLflow server",
     "submit": "run a stage as a job on a Ray cluster",
+    "site": "at a hospital: dial in to an aggregator and take part in its runs",
+    "gateway": "certificates for hospitals that dial in",
     "keys": "make a site's identity, and see whom a roster trusts",
 }
 
