@@ -24,9 +24,9 @@ from pydantic import Field
 
 from cluster.gateway.messages import Kind, Message, answered, decode, encode, line
 from cluster.gateway.transport import (
+    FRAME_LIMIT,
     HEARTBEAT_SECONDS,
     MAX_MESSAGE_BYTES,
-    PIECE,
     PROCESS_HEADER,
     RECEIVED_HEADER,
     REFUSED,
@@ -201,7 +201,7 @@ class Gateway:
             )
             _log.warning("refused a connection of %s as site %r: %s", request.remote, line(claimed)[:128], why)
             raise web.HTTPForbidden(text=why)
-        socket = web.WebSocketResponse(heartbeat=HEARTBEAT_SECONDS, compress=False, max_msg_size=PIECE)
+        socket = web.WebSocketResponse(heartbeat=HEARTBEAT_SECONDS, compress=False, max_msg_size=FRAME_LIMIT)
         await socket.prepare(request)
         link = self._links[claimed]
         before, link.socket, link.sending = link.socket, socket, asyncio.Lock()

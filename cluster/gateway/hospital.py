@@ -20,9 +20,9 @@ from pydantic import Field, ValidationError, field_validator
 
 from cluster.gateway.messages import Begin, Message, answer, decode, encode, line
 from cluster.gateway.transport import (
+    FRAME_LIMIT,
     HEARTBEAT_SECONDS,
     MAX_MESSAGE_BYTES,
-    PIECE,
     PROCESS_HEADER,
     RECEIVED_HEADER,
     REFUSED,
@@ -55,7 +55,7 @@ from fedsam_core.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-_LONGEST_PAUSE = 60.0  # seconds between two attempts to dial
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds between two attempts to dial
 _FOREVER = 7 * 86400.0  # a site's own work has no deadline: the aggregator keeps its own
 _TELLING = (SecureSumError, RoundError, SelectionError, TrainingError)
 """Errors whose line may leave the hospital: they speak of the protocol and the model. Others may name files, which are
@@ -260,6 +260,7 @@ class Hospital:
         self._own, self._start, self._note = own, start, note
         self._context = client_context(own.certificate, own.key, own.authority)
         self._process = token_hex(8)
+        self._pause = _SHORTEST_PAUSE  # grows until a call gets through: a link that is made is no progress yet
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="site")  # one: torch's settings are a thread's
         self._engine: Engine | None = None
         self._received = ("", 0)  # the newest call, and what was answered to it
@@ -274,14 +275,12 @@ class Hospital:
         Raises:
             ClusterError: another process of this site has taken over.
         """
-        pause = 0.5
         try:
             async with aiohttp.ClientSession() as session:
                 while True:
                     try:
                         async with self._dial(session) as socket:
                             self._note(f"connected to {self._own.aggregator}")
-                            pause = 0.5
                             await self._attend(socket)
                     except aiohttp.WSServerHandshakeError as error:
                         self._note(f"{self._own.aggregator} refuses site {self._own.site} ({error.status})")
@@ -296,8 +295,8 @@ class Hospital:
                             ) from None
                         self._note("the link to the aggregator was lost")
                     # Hospitals do not all come back in the same moment.
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
-                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    await asyncio.sleep(self._pause * random.uniform(0.5, 1.0))  # noqa: S311
+                    self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         finally:
             self._worker.shutdown(wait=False, cancel_futures=True)
 
@@ -307,7 +306,7 @@ class Hospital:
             ssl=self._context,
             proxy=self._own.proxy,
             heartbeat=HEARTBEAT_SECONDS,
-            max_msg_size=PIECE,
+            max_msg_size=FRAME_LIMIT,
             headers={PROCESS_HEADER: self._process, RECEIVED_HEADER: "{}:{}".format(*self._received)},
         )
 
@@ -318,6 +317,7 @@ class Hospital:
                 message = decode(await receive(socket, self._own.max_message_bytes))
                 if message.type == "call" and self._is_new(message):
                     self._received, self._answer = message.id, None
+                    self._pause = _SHORTEST_PAUSE
                     self._begin_task(self._work(message))
                 elif message.type in ("call", "again") and message.id == self._received:
                     self._begin_task(self._reply())  # the answer was lost on its way; if there is none yet, it comes

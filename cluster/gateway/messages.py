@@ -20,9 +20,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from fedsam_core.data.cohort import Cohort
-from fedsam_core.data.findings import Compared
 from fedsam_core.data.preprocess import PreprocessConfig
-from fedsam_core.data.sources import Modality, Problem
+from fedsam_core.data.sources import Modality, Problem, Split
 from fedsam_core.data.survey import BINS, PLANES
 from fedsam_core.federation.tasks import Task
 from fedsam_core.secagg.refusals import MalformedMessage
@@ -142,8 +141,18 @@ class LeaveOut(_Fields):
     problems: list[Problem]
 
 
+class Scan(_Fields):
+    """As `fedsam_core.data.findings.Compared`."""
+
+    id: str
+    site: str
+    split: Split | None
+    content: str
+    label_content: str
+
+
 class Contents(_Fields):
-    value: list[Compared]
+    value: list[Scan]
 
 
 class PreparedState(_Fields):

@@ -21,6 +21,7 @@ from fedsam_core.secagg.refusals import MalformedMessage
 Socket = ClientWebSocketResponse | WebSocketResponse
 
 PIECE = 1 << 20
+FRAME_LIMIT = PIECE + 1  # for aiohttp, which refuses what reaches it
 HEARTBEAT_SECONDS = 30.0
 MAX_MESSAGE_BYTES = 1 << 30
 SITE_URN = "urn:fedsam:site:"
