@@ -37,8 +37,8 @@ COHORT = CohortConfig(
 
 
 @pytest.fixture
-def consortium(tmp_path: Path, free_port: int) -> Iterator[Consortium]:
-    own = Consortium(tmp_path, SITES, free_port)
+def consortium(tmp_path: Path) -> Iterator[Consortium]:
+    own = Consortium(tmp_path, SITES)
     try:
         yield own
     finally:

@@ -1,7 +1,7 @@
 """A consortium as its members set it up: keys, roster, certificates, a file for each hospital, and its process."""
 
-import asyncio
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 class Consortium:
     """Files below `folder`: authority/, aggregator/, and a folder a site with nothing in it that is not its own."""
 
-    def __init__(self, folder: Path, sites: tuple[str, ...], port: int) -> None:
-        self.folder, self.sites, self.port = folder, sites, port
+    def __init__(self, folder: Path, sites: tuple[str, ...]) -> None:
+        self.folder, self.sites, self.port = folder, sites, free_port()
         self.authority = folder / "authority"
         create_authority(self.authority)
         _, request = create_request("aggregator", folder / "aggregator")
@@ -49,6 +49,11 @@ class Consortium:
             wait_s=120,
             patience_s=60,
         )
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """The same as a configuration's YAML has it, below `engine`."""
+        return {"gateway": self.gateway.model_dump(mode="json")}
 
     def file(self, site: str, **settings: Any) -> Path:
         """A site's own YAML file."""
@@ -105,5 +110,8 @@ def until(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def run(work: Any) -> Any:
-    return asyncio.run(work)
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
