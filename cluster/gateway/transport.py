@@ -128,7 +128,8 @@ async def _piece(socket: Socket) -> bytes:
         return bytes(message.data)
     if message.type is WSMsgType.TEXT:
         raise MalformedMessage("a message is text")
-    raise LinkLost(socket.close_code)
+    # What the other side said as it closed; aiohttp's own code is of how the closing went.
+    raise LinkLost(message.data if message.type is WSMsgType.CLOSE else socket.close_code)
 
 
 def _reason(error: Exception) -> str:

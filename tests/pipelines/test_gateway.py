@@ -1,6 +1,7 @@
 """docs/gateway.md as people go through it: certificates, three hospitals' own processes, `fedsam federate`."""
 
 import json
+import re
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 from support.consortium import Consortium
+
+from fedsam_core.secagg.record import read_chain
 
 SITES = ("north", "south", "west")
 
@@ -99,3 +102,89 @@ def test_three_hospitals_of_their_own_agree_with_one_process(
     status, text = ended["gateway"]
     assert status == 2
     assert "site north cannot take part: AgainstPolicy: this site takes part in masked sums only" in text
+
+
+def called(command: str, *arguments: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        import_module(f"pipelines.{command}").main([str(argument) for argument in arguments])
+    return int(left.value.code or 0)
+
+
+def test_from_authority_to_a_site_that_can_dial(
+    consortium: Consortium, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own"
+    assert called("gateway", "authority", "--folder", own) == 0
+    assert called("gateway", "request", "north", "--folder", own) == 0
+    (asked,) = re.findall(r"request: .*\nfingerprint: ([0-9a-f]{64})", capsys.readouterr().out)
+    assert called("gateway", "sign", own / "north.csr", "--site", "south", "--authority", own) == 2
+    assert "was made for north, not for south" in capsys.readouterr().err
+    assert called("gateway", "sign", own / "north.csr", "--site", "north", "--authority", own, "--days", 30) == 0
+    assert f"fingerprint: {asked}" in capsys.readouterr().out  # the same at both ends of the telephone
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in own.glob("*.key")} == {
+        "authority.key": "0o600",
+        "north.tls.key": "0o600",
+    }
+    assert called("gateway", "request", "north", "--folder", own) == 2  # nothing is overwritten
+    assert "never overwritten" in capsys.readouterr().err
+    places = {"certificate": own / "north.crt", "key": own / "north.tls.key", "authority": own / "authority.crt"}
+    file = consortium.file("north", **{name: str(path) for name, path in places.items()})
+    assert called("site", "check", file) == 0
+    assert "site north can dial 127.0.0.1:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"polcy": {}}, "polcy: Extra inputs are not permitted"),
+        ({"site": "../north"}, "site: String should match pattern"),
+        ({"roster": "/gone"}, "/gone: there is no such roster"),
+        ({"policy": {"min_contributors": 2}}, "policy.min_contributors"),
+        ({"authority": "/gone.crt"}, "/gone.crt is no certificate of an authority"),
+    ],
+)
+def test_what_is_wrong_with_a_sites_file_is_said_at_its_start(
+    consortium: Consortium, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], complaint: str
+) -> None:
+    assert called("site", "check", consortium.file("north", **settings)) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert "PRIVATE KEY" not in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ([], "set federation.roster"),
+        (["federation.roster={roster}", "cohort.path=/x"], "cohort.sites={charite: own"),
+        (["federation.roster={roster}", "cohort.sites={a: own, b: own, c: own}"], "needs engine.gateway.certificate"),
+    ],
+)
+def test_what_the_aggregator_lacks_is_said_before_anybody_waits(
+    consortium: Consortium, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], complaint: str
+) -> None:
+    told = [override.format(roster=consortium.roster) for override in overrides]
+    if not any(override.startswith("cohort.") for override in told):
+        told.append("cohort.source=phantom")
+    settings = ["cohort.name=x", "engine.kind=gateway", f"work_dir={tmp_path}", *told]
+    with pytest.raises(SystemExit) as left:
+        import_module("pipelines.prepare").STAGE.main(settings)
+    assert left.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "gateway",
+            ("fedsam gateway sign charite.csr --site charite", "authority.crt", "engine.kind=gateway"),
+        ),
+        ("site", ("site: charite", "fedsam site", "asked/HASH.yaml", "policy.min_contributors", "max_message_bytes")),
+    ],
+)
+def test_help_teaches(capsys: pytest.CaptureFixture[str], command: str, words: tuple[str, ...]) -> None:
+    assert called(command, "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for word in words:
+        assert word in said
