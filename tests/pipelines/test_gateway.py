@@ -101,7 +101,7 @@ def test_three_hospitals_of_their_own_agree_with_one_process(
     federate("gateway", "federation.secure_sum=plain")
     status, text = ended["gateway"]
     assert status == 2
-    assert "site north cannot take part: AgainstPolicy: this site takes part in masked sums only" in text
+    assert "site north cannot be prepared: AgainstPolicy: this site takes part in masked sums only" in text
 
 
 def called(command: str, *arguments: object) -> int:
@@ -156,14 +156,14 @@ def test_what_is_wrong_with_a_sites_file_is_said_at_its_start(
     ("overrides", "complaint"),
     [
         ([], "set federation.roster"),
-        (["federation.roster={roster}", "cohort.path=/x"], "cohort.sites={charite: own"),
-        (["federation.roster={roster}", "cohort.sites={a: own, b: own, c: own}"], "needs engine.gateway.certificate"),
+        (["federation.roster=ROSTER", "cohort.path=/x"], "cohort.sites={charite: own"),
+        (["federation.roster=ROSTER", "cohort.sites={a: own, b: own, c: own}"], "needs engine.gateway.certificate"),
     ],
 )
 def test_what_the_aggregator_lacks_is_said_before_anybody_waits(
     consortium: Consortium, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], complaint: str
 ) -> None:
-    told = [override.format(roster=consortium.roster) for override in overrides]
+    told = [override.replace("ROSTER", str(consortium.roster)) for override in overrides]
     if not any(override.startswith("cohort.") for override in told):
         told.append("cohort.source=phantom")
     settings = ["cohort.name=x", "engine.kind=gateway", f"work_dir={tmp_path}", *told]

@@ -55,7 +55,7 @@ class Consortium:
         """The same as a configuration's YAML has it, below `engine`."""
         return {"gateway": self.gateway.model_dump(mode="json")}
 
-    def file(self, site: str, **settings: Any) -> Path:
+    def file(self, site: str, /, **settings: Any) -> Path:
         """A site's own YAML file."""
         own = self.folder / site
         path = own / "site.yaml"
