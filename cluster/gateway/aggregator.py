@@ -341,7 +341,9 @@ class GatewayEngine:
 
     def close(self) -> None:
         """Tells the sites that they are done; they stay connected for what may come next."""
-        done = {site: {} for site in self._begun if self._gateway._links[site].connected.is_set()}
+        done: dict[str, dict[str, Any]] = {
+            site: {} for site in self._begun if self._gateway._links[site].connected.is_set()
+        }
         if done:
             self.call("end", done, _END_SECONDS)
         self._begun.clear()

@@ -56,6 +56,7 @@ from fedsam_core.settings import Settings
 _log = logging.getLogger(__name__)
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds between two attempts to dial
+_MOST_CALLS = 8  # under way: an aggregator asks one thing at a time, and one that was started anew another
 _FOREVER = 7 * 86400.0  # a site's own work has no deadline: the aggregator keeps its own
 _TELLING = (SecureSumError, RoundError, SelectionError, TrainingError)
 """Errors whose line may leave the hospital: they speak of the protocol and the model. Others may name files, which are
@@ -315,6 +316,8 @@ class Hospital:
         try:
             while True:
                 message = decode(await receive(socket, self._own.max_message_bytes))
+                if len(self._tasks) >= _MOST_CALLS:
+                    raise MalformedMessage(f"more than {_MOST_CALLS} calls at once")
                 if message.type == "call" and self._is_new(message):
                     self._received, self._answer = message.id, None
                     self._pause = _SHORTEST_PAUSE

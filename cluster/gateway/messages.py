@@ -338,7 +338,7 @@ def _check(message: Message) -> None:
     known = METHODS[message.kind].get(message.method)
     if known is None:
         raise MalformedMessage(f"{message.kind} has no method {line(message.method)!r}")
-    fields = {"call": known[0], "reply": known[1], "failure": _Reason, "again": Nothing}[message.type]
+    fields: type[_Fields] = {"call": known[0], "reply": known[1], "failure": _Reason, "again": Nothing}[message.type]
     try:
         fields.model_validate(_listed(message.body))
     except (ValidationError, RecursionError) as error:
