@@ -212,20 +212,20 @@ class DiscreetSite:
         self.spec = spec
         self._site = FederatedSite(spec) if isinstance(spec, SiteSpec) else CohortSite(spec)
 
-    def ask(self, method: str, keywords: dict[str, Any]) -> Any:
-        """What the site's method returns.
+    def ask(self, asked: str, keywords: dict[str, Any]) -> Any:
+        """What the site's method `asked` returns.
 
         Raises:
             RoundError: what failed, in a line that may leave the hospital.
         """
         try:
-            reply = getattr(self._site, method)(**keywords)
+            reply = getattr(self._site, asked)(**keywords)
         except _TELLING as error:
             raise RoundError(describe_failure(error)) from None
         except Exception as error:
-            _log.exception("%s failed", method)
+            _log.exception("%s failed", asked)
             raise RoundError(f"{type(error).__name__}: the log of site {self.spec.site} says what it is") from None
-        return self._without_names(reply) if method == "describe" else reply
+        return self._without_names(reply) if asked == "describe" else reply
 
     def _without_names(self, reply: dict[str, Any]) -> dict[str, Any]:
         """How many cases were left out, and of what kind their faults are; which, and why, is in the site's log."""
@@ -286,7 +286,8 @@ class Hospital:
                     except aiohttp.WSServerHandshakeError as error:
                         self._note(f"{self._own.aggregator} refuses site {self._own.site} ({error.status})")
                     except (aiohttp.ClientError, OSError) as error:
-                        self._note(f"no link to {self._own.aggregator}: {line(str(error))}")
+                        cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
+                        self._note(f"no link to {self._own.aggregator}: {line(str(cause)) or type(cause).__name__}")
                     except MalformedMessage as error:
                         self._note(f"refused a message of the aggregator: {error}")
                     except LinkLost as lost:
@@ -366,7 +367,7 @@ class Hospital:
             return self._note("the run is over; waiting for the next")
         if self._engine is None:
             raise RoundError(f"site {site} has no run under way (it may have been restarted)")
-        asked = {site: {"method": message.method, "keywords": dict(message.body)}}
+        asked = {site: {"asked": message.method, "keywords": dict(message.body)}}
         replies, lost = self._engine.call("ask", asked, _FOREVER)
         if lost:
             _log.warning("site %s does not answer %s: %s", site, message.method, lost[site])

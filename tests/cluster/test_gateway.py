@@ -26,11 +26,13 @@ from cluster.gateway.hospital import (
     agreed_spec,
     asked_hash,
     federate_beginning,
+    on_own_cluster,
     prepare_beginning,
     read_hospital,
 )
 from cluster.gateway.messages import Begin, Message, decode, encode, line
 from cluster.gateway.transport import PROCESS_HEADER, RECEIVED_HEADER, REFUSED, REPLACED, client_context, receive, send
+from cluster.placement import SiteNeeds
 from fedsam_core.data.cohort import CohortConfig
 from fedsam_core.data.preprocess import PreparedCohort, PreprocessConfig
 from fedsam_core.data.slices import SliceConfig
@@ -348,7 +350,7 @@ def test_a_site_does_once_what_it_is_asked_twice(consortium: Consortium, tmp_pat
 
     class Slow:
         def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float) -> Any:
-            calls.append(args["site-a"]["method"])
+            calls.append(args["site-a"]["asked"])
             begun.set()
             assert go_on.wait(60)
             return {"site-a": b"done"}, {}
@@ -555,3 +557,23 @@ def test_what_the_other_side_would_refuse_is_not_sent(method: str, body: dict[st
 def test_a_reason_is_a_line() -> None:
     assert line("a\nb\x1b[31m\t c" + "x" * 999)[:12] == "a b?[31m cxx"
     assert len(line("x" * 999)) == 500
+
+
+def test_a_site_may_be_an_actor_of_its_hospitals_own_cluster(
+    ray_cluster: tuple[str, ...], consortium: Consortium, tmp_path: Path
+) -> None:
+    """What is wrong there is told without the names of files."""
+    spec = small_spec(consortium, key_dir=consortium.folder / "site-a" / "keys")
+    engine = on_own_cluster(SiteNeeds(cpus=0), spec.model_copy(update={"cohort": str(tmp_path / "DOE")}))
+    try:
+        told = [
+            engine.call("ask", {"site-a": {"asked": method, "keywords": keywords}}, 60)
+            for method, keywords in (("enroll", {"roster": {}}), ("share", {"advertised": b""}), ("open", {}))
+        ]
+    finally:
+        engine.close()
+    assert told[1:] == [
+        ({}, {"site-a": "site site-a has no sum under way (it may have been restarted)"}),
+        ({}, {"site-a": "DataError: the log of site site-a says what it is"}),
+    ]
+    assert told[0][1]["site-a"].startswith("UnknownSite: site site-a was told other keys than those of")
