@@ -338,9 +338,9 @@ def _check(message: Message) -> None:
     known = METHODS[message.kind].get(message.method)
     if known is None:
         raise MalformedMessage(f"{message.kind} has no method {line(message.method)!r}")
-    fields: type[_Fields] = {"call": known[0], "reply": known[1], "failure": _Reason, "again": Nothing}[message.type]
+    by_type: dict[str, type[_Fields]] = {"call": known[0], "reply": known[1], "failure": _Reason, "again": Nothing}
     try:
-        fields.model_validate(_listed(message.body))
+        by_type[message.type].model_validate(_listed(message.body))
     except (ValidationError, RecursionError) as error:
         raise MalformedMessage(f"a message about {message.method} is malformed ({_why(error)})") from None
 
