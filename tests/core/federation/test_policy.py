@@ -9,8 +9,8 @@ from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.errors import ConfigError, RoundError
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import in_process
-from fedsam_core.federation.privacy import PrivacyConfig
 from fedsam_core.federation.policy import VARIABLE, SitePolicy, read_policy
+from fedsam_core.federation.privacy import PrivacyConfig
 from fedsam_core.federation.site import FederatedSite
 from fedsam_core.secagg.refusals import AgainstPolicy
 
