@@ -25,6 +25,8 @@ COMMANDS = {
     "track": "send what runs could not to MLflow, and start an MLflow server",
     "certs": "make the certificates with which a Ray cluster's nodes know each other and encrypt",
     "submit": "run a stage as a job on a Ray cluster",
+    "site": "at a hospital: dial in to an aggregator and take part in its runs",
+    "gateway": "certificates for hospitals that dial in",
     "keys": "make a site's identity, and see whom a roster trusts",
 }
 

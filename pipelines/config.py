@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from cluster.gateway.aggregator import GatewayConfig
 from cluster.placement import SiteNeeds
 from cluster.tracking import TrackingConfig
 from fedsam_core.data.cohort import CohortConfig
@@ -28,11 +29,15 @@ from fedsam_core.settings import Settings
 class EngineConfig(Settings):
     """What carries the calls to sites."""
 
-    kind: Literal["ray", "in-process"] = Field("ray", description="ray: an actor a site; in-process: no Ray at all")
+    kind: Literal["ray", "in-process", "gateway"] = Field(
+        "ray",
+        description="ray: an actor a site; in-process: no Ray at all; gateway: hospitals dial in",
+    )
     site: SiteNeeds = Field(SiteNeeds(), description="what a site's actor books")
     workers: int = Field(
         1, ge=1, description="for `centralize`: processes that share each batch; each books what a site does"
     )
+    gateway: GatewayConfig = Field(GatewayConfig(), description="where hospitals dial in")
 
 
 class StorageConfig(Settings):

@@ -10,6 +10,7 @@ from typing import Any
 
 import fedsam_core
 from cluster.driver import drive
+from cluster.gateway.aggregator import Gateway
 from cluster.metrics import RoundMetrics
 from cluster.placement import cluster_nodes, plan, preflight
 from cluster.session import ray_session
@@ -31,7 +32,7 @@ from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
-from pipelines import console
+from pipelines import console, dial_in
 from pipelines.commits import RunCommits, check_results, results_store
 from pipelines.config import Config, flat_settings
 from pipelines.prepare import prepare_sites, prepared_location, store_opener
@@ -47,11 +48,15 @@ OpenEngine = Callable[[list[SiteSpec]], Engine]
 def run(config: Config) -> None:
     """Runs the federation and prints what came of it."""
     check(config)
-    with ray_session() if config.engine.kind == "ray" else nullcontext(), console.Bars() as bars:
-        cohort = prepare_sites(config, bars)
+    with (
+        ray_session() if config.engine.kind == "ray" else nullcontext(),
+        dial_in.gateway_session(config) as gateway,
+        console.Bars() as bars,
+    ):
+        cohort = prepare_sites(config, bars, gateway)
         if left_out := sum(problem.quarantined for problem in cohort.described.problems):
             console.out.print(f"{left_out} cases were left out: `fedsam prepare` with the same settings says why")
-        outcome = federate(config, cohort, partial(_print, bars))
+        outcome = federate(config, cohort, partial(_print, bars), gateway)
     show(outcome)
 
 
@@ -105,8 +110,8 @@ def check_sites(config: Config, sites: Sequence[str]) -> None:
             roster.key(site)  # a site that it does not list is an error now, not when all models are loaded
 
 
-def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
-    """Runs a federation on the configured engine; with Ray, within a `ray_session`.
+def federate(config: Config, cohort: PreparedSites, emit: Emit, gateway: Gateway | None = None) -> Outcome:
+    """Runs a federation on the configured engine; with Ray, within a `ray_session`; over a gateway, if one is given.
 
     Raises:
         FedsamError: what is wrong, in one line; nothing half-written is left under a final name.
@@ -114,6 +119,8 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
     check_sites(config, cohort.sites)
     # The driver is told names and hashes; which cases there are, and how many slices, stays with the sites.
     cohort = cohort.without_problems()
+    if gateway is not None:
+        return run_federation(config, cohort, partial(dial_in.run_engine, gateway, config), emit)
     if config.engine.kind == "in-process":
         return run_federation(config, cohort, lambda specs: in_process(specs, site_factory(config)), emit)
     preflight(cohort.sites, cluster_nodes(), config.engine.site)

@@ -7,13 +7,14 @@ that is up to date does nothing.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from secrets import token_hex
 from threading import Lock
 from typing import Any
 
+from cluster.gateway.aggregator import Gateway
 from cluster.placement import cluster_nodes, plan, preflight
 from cluster.pool import each_on_node
 from cluster.session import ray_session
@@ -21,7 +22,7 @@ from cluster.site import create_sites
 from cluster.store import open_store
 from fedsam_core.data.cohort import Each, Progress, list_cohort
 from fedsam_core.data.preprocess import PreparedCohort
-from fedsam_core.errors import DataError, FedsamError
+from fedsam_core.errors import ConfigError, DataError, FedsamError
 from fedsam_core.federation.engine import Engine, in_process
 from fedsam_core.federation.preparation import (
     CohortSite,
@@ -32,7 +33,7 @@ from fedsam_core.federation.preparation import (
 )
 from fedsam_core.hashing import stable_hash
 from fedsam_core.store import OpenStore
-from pipelines import console
+from pipelines import console, dial_in
 from pipelines.config import Config
 from pipelines.stage import Stage
 
@@ -42,6 +43,8 @@ SMALL_BYTES = 256 * 2**20
 
 def on_ray(config: Config) -> bool:
     """Whether preparation runs on Ray: on this machine alone, processes for a few small scans take longer than they."""
+    if config.engine.kind == "gateway":
+        return False
     if config.engine.kind == "in-process" or RAY_ADDRESS in os.environ:
         return config.engine.kind == "ray"
     if config.cohort.source == "phantom":
@@ -83,13 +86,19 @@ def site_names(config: Config, progress: Progress | None = None) -> tuple[str, .
     return tuple(sorted({files.site for files in listing.cases}))
 
 
-def prepare_sites(config: Config, progress: Progress | None = None) -> PreparedSites:
-    """Has every site prepare its share; with Ray, within a `ray_session`.
+def prepare_sites(config: Config, progress: Progress | None = None, gateway: Gateway | None = None) -> PreparedSites:
+    """Has every site prepare its share; with Ray, within a `ray_session`; over a gateway, if one is given.
 
     Raises:
         FedsamError: naming the file, row or site that is wrong, and the fix.
     """
     location = prepared_location(config)
+    if config.engine.kind == "gateway":
+        if gateway is None:
+            raise ConfigError("engine.kind=gateway is for prepare and federate: set engine.kind=ray, or in-process")
+        specs = cohort_specs(config, gateway.sites, location)
+        with closing(dial_in.preparing_engine(gateway, location, specs)) as engine:
+            return prepare_shares(engine, specs, progress)
     store = store_opener(config)(location)  # an address that is none is an error now
     if location.startswith("s3://"):
         store.check()  # before hours are spent on what cannot be kept
@@ -163,8 +172,12 @@ def _one_at_a_time(lock: Lock) -> Each:
 
 def run(config: Config) -> None:
     """Prepares the cohort and prints what is in it."""
-    with ray_session() if on_ray(config) else nullcontext(), console.Bars() as bars:
-        prepared = prepare_sites(config, bars)
+    with (
+        ray_session() if on_ray(config) else nullcontext(),
+        dial_in.gateway_session(config) as gateway,
+        console.Bars() as bars,
+    ):
+        prepared = prepare_sites(config, bars, gateway)
     show(prepared, prepared_location(config))
 
 

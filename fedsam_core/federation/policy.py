@@ -9,6 +9,8 @@ against that file:
     min_contributors: 4                  # no sum over fewer sites
     share_site_scores: false             # even where a run asks for them
     share_pictures: false
+    max_rounds: 50                       # no run of more rounds
+    noise_multiplier: 1.0                # no run without at least this noise (differential privacy)
 """
 
 import os
@@ -29,12 +31,16 @@ VARIABLE = "FEDSAM_SITE_POLICY"
 class SitePolicy(Settings):
     """See the module. The defaults allow what every run allows."""
 
-    masked_only: bool = False
-    roster: Path | None = None
-    key_dir: Path | None = None
-    min_contributors: int = Field(3, ge=3)
-    share_site_scores: bool = True
-    share_pictures: bool = True
+    masked_only: bool = Field(False, description="never a plain sum")
+    roster: Path | None = Field(None, description="these keys, and no development roster")
+    key_dir: Path | None = Field(None, description="where this site's own key is")
+    min_contributors: int = Field(3, ge=3, description="no sum over fewer sites")
+    share_site_scores: bool = Field(True, description="tell this site's own mean Dice, where a run asks for it")
+    share_pictures: bool = Field(True, description="send one overlay picture, where a run asks for it")
+    max_rounds: int | None = Field(None, ge=1, description="no run of more rounds")
+    noise_multiplier: float | None = Field(
+        None, gt=0, description="no run with less noise than this, as federation.privacy has it"
+    )
 
     def tighten(self, asked: FederationConfig) -> FederationConfig:
         """The settings that this site goes by.
@@ -51,6 +57,14 @@ class SitePolicy(Settings):
             )
         if self.roster is not None and asked.roster is None:
             raise AgainstPolicy("this site pins a roster of keys: set federation.roster")
+        if self.max_rounds is not None and asked.rounds > self.max_rounds:
+            raise AgainstPolicy(f"this site takes part in at most {self.max_rounds} rounds: set federation.rounds")
+        noise = asked.privacy.noise_multiplier if asked.privacy else 0.0
+        if self.noise_multiplier is not None and noise < self.noise_multiplier:
+            raise AgainstPolicy(
+                f"this site wants differential privacy with at least {self.noise_multiplier:g} of noise: set "
+                "federation.privacy.noise_multiplier"
+            )
         own: dict[str, Any] = {
             "share_site_scores": asked.share_site_scores and self.share_site_scores,
             "share_pictures": asked.share_pictures and self.share_pictures,

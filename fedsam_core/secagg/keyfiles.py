@@ -50,7 +50,7 @@ def create_identity(site: str, folder: Path, passphrase: bytes | None) -> tuple[
         SecureSumError: the name is no site's, a file of that name is there already, or the disk refuses. Neither file
             is ever overwritten, and a failure leaves neither of the two behind.
     """
-    _check_site(site)
+    check_site(site)
     key = Ed25519PrivateKey.generate()
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, _encryption(passphrase))
     public = format_roster(Roster({site: key.public_key().public_bytes_raw()})).encode()
@@ -59,11 +59,11 @@ def create_identity(site: str, folder: Path, passphrase: bytes | None) -> tuple[
     except OSError as error:
         raise SecureSumError(f"{folder}: cannot make the folder ({error.strerror}); choose another one") from error
     key_path, pub_path = folder / f"{site}.key", folder / f"{site}.pub"
-    _create(key_path, secret, 0o600)
+    create_file(key_path, secret, 0o600)
     try:
-        _create(pub_path, public, 0o644)
+        create_file(pub_path, public, 0o644)
     except BaseException:
-        _remove(key_path)
+        remove_file(key_path)
         raise
     return key_path, pub_path
 
@@ -75,7 +75,7 @@ def read_identity(path: Path, passphrase: bytes | None) -> Identity:
         SecureSumError: the file cannot be read, others than its owner may read it, `passphrase` does not open it, or it
             holds no Ed25519 private key. Nothing of the file's content is in the message.
     """
-    data = _read(path, _KEY_LIMIT, "private key", private=True)
+    data = read_private(path)
     if not data.strip():
         raise SecureSumError(f"{path}: the private key is empty; restore it, or make a new identity: fedsam keys new")
     try:
@@ -147,7 +147,7 @@ def read_roster(path: Path) -> Roster:
 def format_roster(roster: Roster) -> str:
     """The text that `read_roster` reads, sites sorted. Raises SecureSumError where a name cannot stand in it."""
     for site in roster.keys:
-        _check_site(site)
+        check_site(site)
     return "".join(f"{site} {ALGORITHM} {key.hex()}\n" for site, key in sorted(roster.keys.items()))
 
 
@@ -162,7 +162,8 @@ def passphrase_from_environment() -> bytes | None:
     return None if value is None else os.fsencode(value)
 
 
-def _check_site(site: str) -> None:
+def check_site(site: str) -> None:
+    """Raises SecureSumError where the name cannot be a site's."""
     if not _SITE.fullmatch(site):
         raise SecureSumError(
             f"site name {site!r}: use at most 128 letters, digits, dots, dashes and underscores, and begin with a "
@@ -202,6 +203,11 @@ def _entry(words: list[str], where: str) -> tuple[str, bytes]:
     return site, key
 
 
+def read_private(path: Path) -> bytes:
+    """What is in a file of a private key. Raises SecureSumError where it is missing, or others may read it."""
+    return _read(path, _KEY_LIMIT, "private key", private=True)
+
+
 def _read(path: Path, limit: int, what: str, private: bool) -> bytes:
     """A file of at most `limit` bytes. A private one is looked at once it is open, so nobody can swap it in between."""
     try:
@@ -223,7 +229,7 @@ def _read(path: Path, limit: int, what: str, private: bool) -> bytes:
     return data
 
 
-def _create(path: Path, data: bytes, mode: int) -> None:
+def create_file(path: Path, data: bytes, mode: int) -> None:
     """A new file with that mode from its first moment. Raises SecureSumError, and leaves nothing, where it fails."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)  # O_EXCL follows no link either
@@ -240,10 +246,10 @@ def _create(path: Path, data: bytes, mode: int) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        _remove(path)
+        remove_file(path)
         raise _write_failed(path, error) from error
     except BaseException:
-        _remove(path)
+        remove_file(path)
         raise
 
 
@@ -251,6 +257,7 @@ def _write_failed(path: Path, error: OSError) -> SecureSumError:
     return SecureSumError(f"{path}: cannot write ({error.strerror}); choose a folder that you may write to, with space")
 
 
-def _remove(path: Path) -> None:
+def remove_file(path: Path) -> None:
+    """Takes back a file that was just made."""
     with contextlib.suppress(OSError):
         path.unlink()

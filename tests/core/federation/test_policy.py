@@ -10,6 +10,7 @@ from fedsam_core.errors import ConfigError, RoundError
 from fedsam_core.federation.config import FederationConfig
 from fedsam_core.federation.engine import in_process
 from fedsam_core.federation.policy import VARIABLE, SitePolicy, read_policy
+from fedsam_core.federation.privacy import PrivacyConfig
 from fedsam_core.federation.site import FederatedSite
 from fedsam_core.secagg.refusals import AgainstPolicy
 
@@ -24,7 +25,11 @@ def test_a_policy_tightens_and_never_loosens() -> None:
     own = strict.tighten(FederationConfig(share_site_scores=True, share_pictures=True))
     assert (own.share_site_scores, own.share_pictures, own.key_dir) == (False, False, Path("/keys"))
     asked = FederationConfig(share_site_scores=False, min_contributors=5)
-    assert SitePolicy(share_site_scores=True, min_contributors=4).tighten(asked) == asked
+    assert SitePolicy(share_site_scores=True, min_contributors=4, max_rounds=10).tighten(asked) == asked
+    noisy = FederationConfig(privacy=PrivacyConfig(clip=1.0, noise_multiplier=0.5), weights="equal", bits=24)
+    assert SitePolicy(noise_multiplier=0.5).tighten(noisy) == noisy
+    with pytest.raises(AgainstPolicy, match=r"at least 0\.6 of noise"):
+        SitePolicy(noise_multiplier=0.6).tighten(noisy)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,8 @@ def test_a_policy_tightens_and_never_loosens() -> None:
         ({"masked_only": True}, "federation.secure_sum=masked"),
         ({"min_contributors": 4}, "federation.min_contributors=4"),
         ({"roster": Path("/roster.txt")}, "set federation.roster"),
+        ({"max_rounds": 9}, "at most 9 rounds"),
+        ({"noise_multiplier": 0.5}, "at least 0.5 of noise"),
     ],
 )
 def test_what_all_sites_must_agree_on_is_refused(policy: dict[str, object], complaint: str) -> None:
