@@ -67,7 +67,7 @@ class Driver:
     def __getitem__(self, site: str) -> FederatedSite:
         return self._inner._sites[site]
 
-    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float) -> Any:
+    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float, *rest: Any) -> Any:
         if method == "advertise":
             self.attempt = json.loads(next(iter(args.values()))["attempt"])["attempt"]
         heard, lost = {}, {}
@@ -78,7 +78,7 @@ class Driver:
             heard[site] = json.loads(json.dumps(keywords)) if method in ("enroll",) else dict(keywords)
             self.twist(method, site, heard[site])
         self.asked += [(method, site, keywords) for site, keywords in heard.items()]
-        replies, missing = self._inner.call(method, heard, deadline)
+        replies, missing = self._inner.call(method, heard, deadline, *rest)
         for site in [site for site in replies if self.silence(method, site) == "after"]:
             del replies[site]
             lost[site] = "gave no answer in time"

@@ -1,0 +1,75 @@
+"""How sites that were lost come back, without holding up the others.
+
+A lost site is asked to open again, in the background. A round waits for it once, shortly; from then on it is taken back
+in whatever sum finds it there. Only where too few sites are left without it is it waited for longer.
+"""
+
+from collections.abc import Callable, Collection
+from time import monotonic
+from typing import Any
+
+from fedsam_core.federation.attendance import Attendance, Patience
+from fedsam_core.federation.engine import Engine
+
+TOO_FEW_SECONDS = 120.0
+"""What the others wait, at most, before a sum that cannot be opened without the lost sites."""
+
+TakeBack = Callable[[str, Any], str]
+"""Given a site and what it said when it opened; says why it cannot be taken back, "" if it was."""
+
+
+class Rejoining:
+    """Asks lost sites to open again."""
+
+    def __init__(self, engine: Engine, attendance: Attendance, patience: Patience, take_back: TakeBack) -> None:
+        self._engine = engine
+        self._attendance = attendance
+        self._patience = patience
+        self._take_back = take_back
+        self._opening: set[str] = set()  # have been asked, and are still at it
+        self._waited: set[str] = set()  # have been waited for, and did not come
+
+    def rejoin(self, round_number: int, seconds: float, needed: int = 0) -> None:
+        """Takes back whoever is there again.
+
+        Args:
+            seconds: to wait for sites that have not been waited for since they were lost.
+            needed: sites; while fewer are there, all are waited for.
+        """
+        attendance = self._attendance
+        if attendance.there(round_number) < needed:
+            attendance.wake()
+            seconds = TOO_FEW_SECONDS
+        resting = attendance.resting(round_number)
+        asked = [site for site in attendance.away if site in self._opening or site not in resting]
+        awaited = {site for site in asked if site not in self._waited and site not in resting}
+        self._ask(asked, awaited, seconds, round_number, needed)
+        if seconds > 0:
+            self._waited |= awaited & set(attendance.away)
+            # Whoever was silent for a whole stage, and still is, hangs: only its end can bring it back.
+            hung = {site for site in awaited & self._opening if self._patience.has_missed(site)}
+            for site in hung:
+                self._engine.restart(site)
+            self._ask(hung, hung, seconds, round_number, needed)
+
+    def _ask(
+        self, sites: Collection[str], awaited: Collection[str], seconds: float, round_number: int, needed: int
+    ) -> None:
+        """Asks sites to open; whoever is neither awaited nor needed may answer later."""
+        end, waiting = monotonic() + seconds, set(sites)
+        while waiting:
+            left = max(0.0, end - monotonic())
+            replies, lost = self._engine.poll("open", {site: {} for site in sorted(waiting)}, left)
+            for site, reply in replies.items():
+                if why := self._take_back(site, reply):
+                    lost[site] = why
+                else:
+                    self._attendance.take_back(site)
+                    self._patience.returned(site)
+                    self._waited.discard(site)
+            for site, why in lost.items():
+                self._attendance.lose(site, why)
+            waiting -= replies.keys() | lost.keys()
+            self._opening = (self._opening | waiting) - replies.keys() - lost.keys()
+            if left == 0 or not (waiting & set(awaited) or self._attendance.there(round_number) < needed):
+                return
