@@ -58,7 +58,8 @@ class Rejoining:
         """Asks sites to open; whoever is neither awaited nor needed may answer later."""
         end, waiting = monotonic() + seconds, set(sites)
         while waiting:
-            left = max(0.0, end - monotonic())
+            wanted = waiting & set(awaited) or self._attendance.there(round_number) < needed
+            left = max(0.0, end - monotonic()) if wanted else 0.0
             replies, lost = self._engine.poll("open", {site: {} for site in sorted(waiting)}, left)
             for site, reply in replies.items():
                 if why := self._take_back(site, reply):
@@ -71,5 +72,5 @@ class Rejoining:
                 self._attendance.lose(site, why)
             waiting -= replies.keys() | lost.keys()
             self._opening = (self._opening | waiting) - replies.keys() - lost.keys()
-            if left == 0 or not (waiting & set(awaited) or self._attendance.there(round_number) < needed):
+            if left == 0 and not replies and not lost:
                 return

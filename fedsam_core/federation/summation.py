@@ -217,9 +217,7 @@ class Relay:
         left = len(args.keys() - self.lost.keys())
         if self.attempt.minimum <= left < needed:  # fewer are refused by the aggregator itself
             gone = ", ".join(site for site in self.attempt.sites if site in self.lost)
-            raise TooFewSites(
-                f"only {left} of the {needed} sites that are wanted are left after {method} (lost: {gone})"
-            )
+            raise TooFewSites(f"only {left} of the {needed} sites that it needs are left after {method} (lost: {gone})")
 
 
 def secure_sum(relay: Relay, roster: Roster, layout: VectorLayout, how: Contribution, record: Chain) -> Total:
