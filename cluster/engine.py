@@ -106,8 +106,8 @@ class RayEngine:
     def poll(
         self, method: str, args: Mapping[str, Mapping[str, Any]], seconds: float
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Calls sites that nobody waits for; see the protocol. The call stands behind whatever a site is still at, and is
-        made again where the site's process has ended meanwhile."""
+        """Calls sites that nobody waits for; see the protocol. The call stands behind whatever a site is still at, and
+        is made again where the site's process has ended meanwhile."""
         end = time.monotonic() + seconds
         while True:
             for site in sorted(args):

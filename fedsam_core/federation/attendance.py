@@ -136,7 +136,7 @@ class Attendance:
         for site, one in self._standing.items():
             if one.resting_until > round_number:
                 reasons[site] = (
-                    f"parked until round {one.resting_until}, as it failed in {one.failures} rounds in a row ({one.why})"
+                    f"parked until round {one.resting_until}: it failed {one.failures} rounds in a row ({one.why})"
                 )
             elif one.away:
                 reasons[site] = f"is not back since it was lost ({one.away})"
