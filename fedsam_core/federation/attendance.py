@@ -6,6 +6,7 @@ A site is *away* from the moment that a call to it fails until it has opened aga
 A site that is there again and fails in round after round is *parked*: it is not asked for 1, 2, 4, ... rounds.
 """
 
+import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -59,9 +60,9 @@ class Patience:
         """A site did not answer in so long."""
         self._missed[site] = (kind, seconds)
 
-    def has_missed(self, site: str) -> bool:
-        """Whether a site has not come back since it missed a deadline."""
-        return site in self._missed
+    def overdue(self, site: str) -> float:
+        """Seconds of the deadline that a site missed since it was there last; infinity for one lost otherwise."""
+        return self._missed[site][1] if site in self._missed else math.inf
 
     def returned(self, site: str) -> None:
         """A site is there again. If it was only slow, it needs twice what it had: one that hangs never gets here."""

@@ -4,6 +4,7 @@ A lost site is asked to open again, in the background. A round waits for it once
 in whatever sum finds it there. Only where too few sites are left without it is it waited for longer.
 """
 
+import math
 from collections.abc import Callable, Collection
 from time import monotonic
 from typing import Any
@@ -43,11 +44,13 @@ class Rejoining:
         resting = attendance.resting(round_number)
         asked = [site for site in attendance.away if site in self._opening or site not in resting]
         awaited = {site for site in asked if site not in self._waited and site not in resting}
-        self._ask(asked, awaited, seconds, round_number, needed)
+        # Whoever missed a deadline has that time once more: it may be slow, and need not be ended.
+        grace = max((min(seconds, self._patience.overdue(site)) for site in awaited), default=0.0)
+        self._ask(asked, awaited, seconds if needed else grace, round_number, needed)
         if seconds > 0:
             self._waited |= awaited & set(attendance.away)
             # Whoever was silent for a whole stage, and still is, hangs: only its end can bring it back.
-            hung = {site for site in awaited & self._opening if self._patience.has_missed(site)}
+            hung = {site for site in awaited & self._opening if self._patience.overdue(site) < math.inf}
             for site in hung:
                 self._engine.restart(site)
             self._ask(hung, hung, seconds, round_number, needed)

@@ -1,9 +1,10 @@
 """Sites that train nothing: everything of a federation is real but the model, so that rounds take milliseconds.
 
-A toy's update is drawn from seed, round and site, and from how many of its updates it knows to be in a sum: what it keeps
-is a count of them.
+A toy's update is drawn from seed, round and site, and from how many of its updates it knows to be in a sum: what it
+keeps is a count of them.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,13 @@ class Oracle:
         self.specs = {spec.site: spec for spec in specs}
         self.weight = weight
         self.counted = dict.fromkeys(self.specs, 0)
+
+    def train(self, federation: Federation, round_number: int) -> Total:
+        """A round, its sum held against this."""
+        _, (total,) = federation.train(round_number, self.weight)
+        asked = json.loads(federation.record.lines[total.entry])["task"]
+        self.check(total, round_number, asked["clips"])
+        return total
 
     def check(self, total: Total, round_number: int, clips: dict[str, float] | None) -> None:
         """Raises AssertionError where the opened sum is not the contributors', to the bit."""
