@@ -65,7 +65,7 @@ class Patience:
         return self._missed[site][1] if site in self._missed else math.inf
 
     def returned(self, site: str) -> None:
-        """A site is there again. If it was only slow, it needs twice what it had: one that hangs never gets here."""
+        """A site is there again. If it missed a deadline, it may need twice that: sites have it from now on."""
         if (missed := self._missed.pop(site, None)) and self._factor is not None:
             kind, seconds = missed
             self.took(kind, 2 * seconds / self._factor)

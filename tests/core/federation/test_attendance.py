@@ -33,7 +33,7 @@ def test_kinds_of_calls_have_deadlines_of_their_own_and_old_times_are_forgotten(
     assert patience.deadline("fit") == 20.0
 
 
-def test_a_slow_site_gets_twice_the_time_once_it_has_shown_that_it_lives() -> None:
+def test_a_slow_site_gets_twice_the_time_once_it_is_back() -> None:
     patience = Patience(1000.0, 4.0, 10.0)
     patience.took("fit", 5.0)
     assert patience.deadline("fit") == 20.0
