@@ -148,10 +148,6 @@ class Attendance:
         left_out = self.left_out(round_number)
         return tuple(site for site in self._standing if site not in left_out)
 
-    def there(self, round_number: int) -> int:
-        """How many are asked at present."""
-        return len(self.present(round_number))
-
     def lose(self, site: str, why: str, failed: bool = True) -> None:
         """A call to a site came to nothing. `failed`: this counts towards parking it."""
         one = self._standing[site]

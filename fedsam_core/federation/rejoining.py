@@ -15,6 +15,9 @@ from fedsam_core.federation.engine import Engine
 TOO_FEW_SECONDS = 120.0
 """What the others wait, at most, before a sum that cannot be opened without the lost sites."""
 
+Enough = Callable[[Collection[str]], bool]
+"""Whether the sites that are there are enough for what is to be done."""
+
 TakeBack = Callable[[str, Any], str]
 """Given a site and what it said when it opened; says why it cannot be taken back, "" if it was."""
 
@@ -30,15 +33,16 @@ class Rejoining:
         self._opening: set[str] = set()  # have been asked, and are still at it
         self._waited: set[str] = set()  # have been waited for, and did not come
 
-    def rejoin(self, round_number: int, seconds: float, needed: int = 0) -> None:
+    def rejoin(self, round_number: int, seconds: float, enough: Enough = lambda present: True) -> None:
         """Takes back whoever is there again.
 
         Args:
             seconds: to wait for sites that have not been waited for since they were lost.
-            needed: sites; while fewer are there, all are waited for.
+            enough: while it says no, all are waited for.
         """
         attendance = self._attendance
-        if attendance.there(round_number) < needed:
+        too_few = not enough(attendance.present(round_number))
+        if too_few:
             attendance.wake()
             seconds = TOO_FEW_SECONDS
         resting = attendance.resting(round_number)
@@ -46,22 +50,22 @@ class Rejoining:
         awaited = {site for site in asked if site not in self._waited and site not in resting}
         # Whoever missed a deadline has that time once more: it may be slow, and need not be ended.
         grace = max((min(seconds, self._patience.overdue(site)) for site in awaited), default=0.0)
-        self._ask(asked, awaited, seconds if needed else grace, round_number, needed)
+        self._ask(asked, awaited, seconds if too_few else grace, round_number, enough)
         if seconds > 0:
             self._waited |= awaited & set(attendance.away)
             # Whoever was silent for a whole stage, and still is, hangs: only its end can bring it back.
             hung = {site for site in awaited & self._opening if self._patience.overdue(site) < math.inf}
             for site in hung:
                 self._engine.restart(site)
-            self._ask(hung, hung, seconds, round_number, needed)
+            self._ask(hung, hung, seconds, round_number, enough)
 
     def _ask(
-        self, sites: Collection[str], awaited: Collection[str], seconds: float, round_number: int, needed: int
+        self, sites: Collection[str], awaited: Collection[str], seconds: float, round_number: int, enough: Enough
     ) -> None:
         """Asks sites to open; whoever is neither awaited nor needed may answer later."""
         end, waiting = monotonic() + seconds, set(sites)
         while waiting:
-            wanted = waiting & set(awaited) or self._attendance.there(round_number) < needed
+            wanted = waiting & set(awaited) or not enough(self._attendance.present(round_number))
             left = max(0.0, end - monotonic()) if wanted else 0.0
             replies, lost = self._engine.poll("open", {site: {} for site in sorted(waiting)}, left)
             for site, reply in replies.items():

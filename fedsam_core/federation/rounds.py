@@ -7,7 +7,7 @@ business of whoever calls.
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, Literal
 
@@ -19,11 +19,11 @@ from fedsam_core.federation.attendance import Attendance, Patience
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.lanes import Precision, Round, layout_of
 from fedsam_core.federation.ledger import Ledger
-from fedsam_core.federation.rejoining import Rejoining
+from fedsam_core.federation.rejoining import Enough, Rejoining
 from fedsam_core.federation.server import Course, LoraReport, Server, Step
 from fedsam_core.federation.site import SiteSpec
 from fedsam_core.federation.state import GlobalState, pack_global
-from fedsam_core.federation.summation import Contribution, Relay, Total, plain_sum, secure_sum
+from fedsam_core.federation.summation import Contribution, HalfOpened, Relay, Total, plain_sum, secure_sum
 from fedsam_core.federation.tasks import Task, sum_hash
 from fedsam_core.secagg.attempt import PROTOCOL, Attempt, default_threshold
 from fedsam_core.secagg.keyfiles import read_roster
@@ -327,9 +327,9 @@ class Federation:
             self.patience.took(method, max(took))
         return replies, lost
 
-    def _rejoin(self, round_number: int, seconds: float, needed: int = 0) -> None:
+    def _rejoin(self, round_number: int, seconds: float, enough: Enough = lambda present: True) -> None:
         """Takes back sites that were lost (see `Rejoining`), and tells keys to whoever does not know them yet."""
-        self._rejoining.rejoin(round_number, seconds, needed)
+        self._rejoining.rejoin(round_number, seconds, enough)
         for site, why in self._enroll(self.attendance.present(round_number)).items():
             self.attendance.lose(site, why)
 
@@ -372,16 +372,21 @@ class Federation:
         self.failed = []
         wanted = self.config.min_sites if task.purpose in ("update", "magnitudes") else None
         needed = max(needed, self._round(round_number).minimum, wanted or 0)
+        left_out = dict(how.left_out)
         while True:
-            self._rejoin(round_number, 0.0, needed)
+            self._rejoin(round_number, 0.0, lambda present: len(set(present) - left_out.keys()) >= needed)
             if how.keyword == "state":
                 how = self._fitting(how.method)  # whoever rejoined holds another state
             try:
-                return self._attempt(task, round_number, how, needed)
+                return self._attempt(task, round_number, replace(how, left_out=left_out), needed)
             except RoundError as error:
                 self.failed.append(str(error))
                 if len(self.failed) >= self.config.attempts:
                     raise
+                if isinstance(error, HalfOpened):
+                    others = [site for site in self.engine.sites if site not in error.survivors]
+                    left_out |= dict.fromkeys(others, "was not in the attempt that sites have begun to open")
+                    needed = len(error.survivors)
 
     def _attempt(self, task: Task, round_number: int, how: Contribution, needed: int) -> Total:
         sites = self.engine.sites

@@ -82,6 +82,15 @@ class Total:
     about: str
 
 
+class HalfOpened(RoundError):
+    """An attempt that failed after sites had been asked to open its sum.
+
+    Some may have sent their shares, and answer the same question for no other survivors: the next attempt is for these.
+    """
+
+    survivors: tuple[str, ...] = ()
+
+
 class Relay:
     """Asks the sites that are still present for one stage of one sum after the other.
 
@@ -224,10 +233,12 @@ def secure_sum(relay: Relay, roster: Roster, layout: VectorLayout, how: Contribu
     """Opens the sum of the sites' masked vectors, and records how it came about, or why it did not.
 
     Raises:
-        RoundError: too few sites are left, with the reason for each that is not.
+        HalfOpened: too few sites are left in the last stage.
+        RoundError: too few sites are left before, with the reason for each that is not.
     """
     attempt = relay.attempt
     aggregator = None
+    opening = False
     try:
         aggregator = AggregatorSession(attempt, roster, layout)
         relay.cover(layout)
@@ -235,11 +246,18 @@ def secure_sum(relay: Relay, roster: Roster, layout: VectorLayout, how: Contribu
         relay.broadcast("share", "advertised", aggregator.advertised(), aggregator.receive_share, vectors_came=False)
         relay.collect(how, aggregator.deliveries(), aggregator.receive_masked)
         relay.broadcast("confirm", "survivors", aggregator.survivors(), aggregator.receive_confirmation, True)
-        relay.broadcast("unmask", "confirmations", aggregator.confirmations(), aggregator.receive_unmask, True)
+        confirmations = aggregator.confirmations()
+        opening = True
+        relay.broadcast("unmask", "confirmations", confirmations, aggregator.receive_unmask, True)
         total, contributors = aggregator.total()
         return _opened(relay, layout, total, contributors, record, aggregator.received, aggregator.course())
     except SecureSumError as error:
-        raise _failed(relay, error, record, aggregator.received if aggregator else []) from error
+        failed = _failed(relay, error, record, aggregator.received if aggregator else [])
+        if aggregator is not None and opening:
+            half_opened = HalfOpened(str(failed))
+            half_opened.survivors = aggregator.survivor_names
+            raise half_opened from error
+        raise failed from error
 
 
 def plain_sum(relay: Relay, roster: Roster, layout: VectorLayout, how: Contribution, record: Chain) -> Total:

@@ -57,6 +57,10 @@ class FaultySite:
         """See `ToySite`."""
         return self.site.counted
 
+    def settle(self, counted: int, round: int) -> None:
+        """What a site is told at the beginning of a round, by itself."""
+        self.site._site.memory.settle(counted, round)
+
     def __getattr__(self, method: str) -> Callable[..., Any]:
         if method.startswith("__"):
             raise AttributeError(method)
