@@ -373,8 +373,12 @@ class Federation:
         wanted = self.config.min_sites if task.purpose in ("update", "magnitudes") else None
         needed = max(needed, self._round(round_number).minimum, wanted or 0)
         left_out = dict(how.left_out)
+
+        def enough(present: Collection[str]) -> bool:
+            return len(set(present) - left_out.keys()) >= needed
+
         while True:
-            self._rejoin(round_number, 0.0, lambda present: len(set(present) - left_out.keys()) >= needed)
+            self._rejoin(round_number, 0.0, enough)
             if how.keyword == "state":
                 how = self._fitting(how.method)  # whoever rejoined holds another state
             try:
