@@ -6,8 +6,8 @@
 
 Sites are toys (tests/support/toys.py): keys, masks, shares, rounds, records and what sites keep are real, and their
 training is a draw of 40 numbers. Each opened sum is held against the contributors' integers, added up one by one, and
-against a float64 mean; what sites keep in the end against who was in the sums. Prints a row every few rounds: seconds a
-round, resident memory of this process, and of that the lines of the record, which grow by design.
+against a float64 mean; what sites keep in the end against who was in the sums. What a run writes down as it goes
+(record, ledger) is dropped after each round, so that memory which grows is a leak. Prints a row every few rounds.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from support.faults import Fault, FaultySite
 from support.toys import Oracle, toy_federation, toy_specs
 
 from fedsam_core.federation.engine import Engine, InProcessEngine
+from fedsam_core.federation.ledger import Ledger
 from fedsam_core.federation.rounds import Federation
 from fedsam_core.federation.site import SiteSpec
 
@@ -46,7 +47,7 @@ class Soak:
         repeated: attempts that came to nothing, as too few sites were left, and were made again.
         faults: that happened, by stage.
         contributors: fewest and most in a sum.
-        memory: (round, resident MiB without the record's lines).
+        memory: (round, resident MiB of this process).
         seconds: in all.
     """
 
@@ -85,20 +86,21 @@ def soak(federation: Federation, oracle: Oracle, rounds: int, every: int, end: f
     """Trains, and checks every sum."""
     found, process, started = Soak(), psutil.Process(), time.monotonic()
     planned = Counter((fault.round, fault.method) for fault in faults)
-    print("| round | s a round | RSS, MiB | of that record, MiB | contributors | repeated |\n|---|---|---|---|---|---|")
+    print("| round | s a round | RSS, MiB | contributors | attempts repeated |\n|---|---|---|---|---|")
     for number in range(1, rounds + 1):
         total = oracle.train(federation, number)
         there = len(total.contributors)
         found.contributors = (min(found.contributors[0], there), max(found.contributors[1], there))
         found.repeated += len(federation.failed)
         found.rounds = number
+        federation.record.lines[:] = [b""] * len(federation.record.lines)
+        federation.ledger = Ledger()
         found.faults.update({stage: planned[number, stage] for stage in STAGES})
         if number % every == 0 or number == rounds:
-            lines = sum(sys.getsizeof(line) for line in federation.record.lines) / 2**20
             resident = process.memory_info().rss / 2**20
-            found.memory.append((number, resident - lines))
+            found.memory.append((number, resident))
             found.seconds = time.monotonic() - started
-            row = f"| {number} | {found.seconds / number:.2f} | {resident:.0f} | {lines:.1f} "
+            row = f"| {number} | {found.seconds / number:.2f} | {resident:.1f} "
             print(row + f"| {found.contributors[0]} to {found.contributors[1]} | {found.repeated} |", flush=True)
         if time.monotonic() > end:
             print(f"stopped after round {number}: the time is over")
@@ -175,8 +177,8 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     print(
         f"{found.rounds} rounds of {options.sites} sites in {found.seconds:.0f} s, {sum(found.faults.values())} faults "
-        f"({', '.join(f'{stage} {count}' for stage, count in sorted(found.faults.items()))}), {found.repeated} attempts "
-        f"repeated, every sum right; memory grew by {found.growth:+.1f} MiB after a quarter; what sites keep follows "
+        f"({', '.join(f'{stage} {count}' for stage, count in sorted(found.faults.items()))}), "
+        f"{found.repeated} attempts repeated, every sum right; memory grew by {found.growth:+.1f} MiB after a quarter; what sites keep follows "
         f"the sums: {'yes' if knows else 'NO'}"
     )
     sys.exit(not knows)
