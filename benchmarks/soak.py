@@ -178,8 +178,8 @@ def main() -> None:
     print(
         f"{found.rounds} rounds of {options.sites} sites in {found.seconds:.0f} s, {sum(found.faults.values())} faults "
         f"({', '.join(f'{stage} {count}' for stage, count in sorted(found.faults.items()))}), "
-        f"{found.repeated} attempts repeated, every sum right; memory grew by {found.growth:+.1f} MiB after a quarter; what sites keep follows "
-        f"the sums: {'yes' if knows else 'NO'}"
+        f"{found.repeated} attempts repeated, every sum right; memory grew by {found.growth:+.1f} MiB after a quarter; "
+        f"what sites keep follows the sums: {'yes' if knows else 'NO'}"
     )
     sys.exit(not knows)
 
