@@ -93,8 +93,8 @@ def check_sites(config: Config, sites: Sequence[str]) -> None:
         )
     if (config.federation.min_sites or 0) > len(sites):
         raise ConfigError(
-            f"federation.min_sites={config.federation.min_sites}, but cohort {config.cohort.name} has {len(sites)} sites: "
-            "no round would ever have enough; set it to fewer"
+            f"federation.min_sites={config.federation.min_sites}, but cohort {config.cohort.name} has {len(sites)} "
+            "sites: no round would ever have enough; set it to fewer"
         )
     if config.federation.roster is not None:
         roster = read_roster(config.federation.roster)
@@ -221,9 +221,9 @@ def check_ranks(config: Config, manifest: ParameterManifest, sites: Sequence[str
         if group.sites is not None and len(group.sites) < federation.min_contributors + spare:
             raise ConfigError(
                 f"federation.site_ranks leaves {name} to {len(group.sites)} sites; a round may lose {spare} of all "
-                f"{len(sites)}, and with them this run, as fewer than {federation.min_contributors} would be left to it: "
-                f"give more sites that rank, set federation.rule=product-sketch, or federation.min_sites={len(sites)} "
-                "where rounds are to wait for every site"
+                f"{len(sites)}, and with them this run, as fewer than {federation.min_contributors} would be left to "
+                "it: give more sites that rank, set federation.rule=product-sketch, or "
+                f"federation.min_sites={len(sites)} where rounds are to wait for every site"
             )
 
 

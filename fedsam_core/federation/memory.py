@@ -9,6 +9,7 @@ What a round's training gave is *held* before the update leaves, and kept once t
 lost in between does not know whether it is, and is told in the next round (`settle`).
 
     FOLDER/held-000005.safetensors     the same, of the round that is not settled
+    FOLDER/settled.json                for which round it was settled last, and the last round that counted then
     FOLDER/round-000004.safetensors    mode 0600 in a folder of mode 0700; arrays by name, any dtype that numpy and
                                        safetensors share; in the header `layout_hash`, and `sha256` over names, dtypes,
                                        shapes and values
@@ -38,6 +39,7 @@ KEPT = 2  # rounds: the newest, and the one before, from which the newest can be
 Array = np.ndarray[Any, Any]
 
 _FILE = re.compile(r"round-(\d{6,})\.safetensors")
+_SETTLED = "settled.json"
 _HELD = re.compile(r"held-(\d{6,})\.safetensors")
 
 
@@ -59,6 +61,7 @@ class SiteMemory:
         self._layout_hash = layout_hash
         self._in_ram: dict[int, dict[str, Array]] = {}
         self._held_in_ram: dict[int, dict[str, Array]] = {}  # of one round, at most
+        self._settled_in_ram: tuple[int, int] | None = None
         if folder is not None:
             try:
                 close_folder(folder)
@@ -122,8 +125,17 @@ class SiteMemory:
         """Before `round` makes anything of it: of the rounds before, `counted` is the last whose sum has this site's
         update. What is held of that one is kept, and what later ones left is forgotten.
 
-        It stays so, whatever is told later: a round is not repeated from another memory. Raises as `save`.
+        What is told first for a round holds, and is written down before: else a driver that told something else after a
+        restart would get a second update of the round, from another memory, and see by how much the two differ. Raises
+        as `save`.
         """
+        told = self._settled()
+        if told is not None and told[0] == round:
+            counted = told[1]
+        elif self._folder is None:
+            self._settled_in_ram = (round, counted)
+        else:
+            write_atomic(self._folder / _SETTLED, json.dumps([round, counted]).encode())
         self.keep(counted)
         for number in self._held:
             if number < round:
@@ -131,6 +143,19 @@ class SiteMemory:
         for number in self.rounds:
             if counted < number < round:
                 self._remove(number)
+
+    def _settled(self) -> tuple[int, int] | None:
+        """The round for which it was settled last, and what was told."""
+        if self._folder is None:
+            return self._settled_in_ram
+        path = self._folder / _SETTLED
+        try:
+            round, counted = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is unreadable ({type(error).__name__}): {_FIX}") from error
+        return int(round), int(counted)
 
     @property
     def _held(self) -> tuple[int, ...]:

@@ -262,7 +262,7 @@ class FederatedSite(SummingSite):
                 raise OutOfTurn(f"site {self.spec.site} was asked to score, but the sum is about {task.about}")
             accepted = self._accept(state, step)
             if counted is not None:
-                self._site.memory.settle(counted, self._current().round)
+                self._site.memory.keep(counted)
             with self._masks_ahead(delivered):
                 if task.personal:
                     self._fine_tune(accepted)

@@ -4,15 +4,16 @@ In one process, on toys; `tests/cluster/test_faults.py` does the same to real pr
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.faults import Fault, FaultySite
-from support.toys import Oracle, slices_of, toy_federation, toy_specs
+from support.toys import Oracle, ToySite, slices_of, toy_federation, toy_specs
 
 from fedsam_core.errors import RoundError
-from fedsam_core.federation.engine import InProcessEngine
+from fedsam_core.federation.engine import InProcessEngine, OnAnswer, in_process
 from fedsam_core.federation.rounds import Federation, RoundReport, run_rounds
 
 BAD = "site-001"
@@ -62,7 +63,7 @@ def test_the_sum_is_the_survivors_and_the_site_is_back(tmp_path: Path, secure_su
     ("what", "reason"),
     [
         ("nan", "its values do not fit their clips"),
-        ("disk full", r"held-000002.safetensors: the disk is full"),
+        ("disk full", r"site-001/settled.json: the disk is full"),
     ],
 )
 def test_what_a_site_cannot_send_or_keep_costs_it_the_round_alone(tmp_path: Path, what: str, reason: str) -> None:
@@ -92,6 +93,134 @@ def test_an_attempt_that_fails_after_shares_were_sent_is_repeated_to_the_bit(tmp
         assert oracle.train(federation, number).contributors == tuple(sites)
         assert len(federation.failed) == (number == 2)
     assert {name: site.counted() for name, site in sites.items()} == dict.fromkeys(sites, 3)
+
+
+class Timed:
+    """An engine on which calls take as long as is said, by a clock of its own. Whoever is late does its work all the
+    same."""
+
+    def __init__(self, inner: InProcessEngine, seconds: Callable[[str, str], float]) -> None:
+        self._inner, self._seconds = inner, seconds
+        self._silent: set[str] = set()
+        self.deadlines: list[tuple[str, float]] = []
+        self.waited = 0.0  # seconds in calls since it was last set
+        self.restarted: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def call(self, method: str, args: Any, deadline: float, on_answer: OnAnswer | None = None) -> Any:
+        self.deadlines.append((method, deadline))
+        replies, lost = self._inner.call(method, args, deadline)
+        end = deadline
+        for site in sorted(replies, key=lambda site: self._seconds(site, method)):
+            seconds = self._seconds(site, method)
+            if seconds > end:
+                lost[site] = f"no answer to {method} within {end:g} s"
+                self._silent.add(site)
+                del replies[site]
+            elif on_answer is not None:
+                end = min(end, on_answer(site, seconds))
+        self.waited += end if self._silent & args.keys() else max(self._seconds(site, method) for site in args)
+        return replies, lost
+
+    def poll(self, method: str, args: Any, seconds: float) -> Any:
+        there = {site: own for site, own in args.items() if self._seconds(site, method) <= seconds}
+        self._silent -= there.keys()
+        return self._inner.poll(method, there, seconds)
+
+    def silent(self, site: str) -> bool:
+        return site in self._silent
+
+    def restart(self, site: str) -> None:
+        self.restarted.append(site)
+
+
+def timed(tmp_path: Path, seconds: Callable[[str, str], float], **federation: Any) -> tuple[Federation, Timed, Oracle]:
+    settings = {"deadline_s": 1000, "deadline_factor": 4, "deadline_floor_s": 10, "rejoin_wait_s": 0, **federation}
+    specs = toy_specs(4, tmp_path, **settings)
+    engine = Timed(in_process(specs, ToySite), seconds)
+    opened = toy_federation(engine, specs[0])
+    return opened, engine, Oracle(specs, opened.total_weight())
+
+
+def test_a_site_that_is_twenty_times_slower_is_not_waited_for(tmp_path: Path) -> None:
+    slow = {"fit": 5.0}
+
+    def seconds(site: str, method: str) -> float:
+        return slow.get(method, 0.1) * (20 if site == BAD and method == "fit" else 1)
+
+    federation, engine, oracle = timed(tmp_path / "all", seconds)
+    engine.waited = 0.0
+    assert len(oracle.train(federation, 1).contributors) == 4
+    assert engine.waited > 100  # nobody has said how long the others are to wait
+
+    federation, engine, oracle = timed(tmp_path / "some", seconds, max_wait_after_min=2.0)
+    engine.waited = 0.0
+    total = oracle.train(federation, 1)
+    assert total.lost == {BAD: "no answer to fit within 7 s"}
+    assert engine.waited < 8
+    for number in (2, 3):
+        assert BAD not in oracle.train(federation, number).contributors
+    engine.waited = 0.0
+    assert oracle.train(federation, 4).lost[BAD].startswith("parked until round 5: it failed 3 rounds in a row")
+    assert engine.waited < 6  # parked sites cost nothing
+    slow["fit"] = 0.05  # its neighbours' jobs are done
+    assert len(oracle.train(federation, 5).contributors) == 4
+
+
+@pytest.mark.parametrize("method", STAGES)
+def test_stages_close_consistently_where_only_enough_are_waited_for(tmp_path: Path, method: str) -> None:
+    """Whoever is cut off after its vector came is in the sum, knows it, and does not count as failing."""
+
+    def seconds(site: str, asked: str) -> float:
+        return 50.0 if (site, asked) == (BAD, method) else 0.1
+
+    federation, engine, oracle = timed(tmp_path, seconds, max_wait_after_min=0.0, park_after=1)
+    total = oracle.train(federation, 1)
+    assert (BAD in total.contributors) == (method in AFTER_THE_VECTOR)
+    assert federation.failed == []
+    total = oracle.train(federation, 2)
+    assert ("parked" in total.lost.get(BAD, "")) == (method not in AFTER_THE_VECTOR)
+    assert engine.restarted == []  # slow, not hung
+
+
+def test_deadlines_follow_what_sites_take_and_a_site_that_hangs_costs_one(tmp_path: Path) -> None:
+    hanging: set[str] = set()
+
+    def seconds(site: str, method: str) -> float:
+        return 1e9 if site in hanging else 20.0 if method == "fit" else 1.0
+
+    federation, engine, oracle = timed(tmp_path, seconds, rejoin_wait_s=0.05)
+    oracle.train(federation, 1)
+    engine.deadlines.clear()
+    oracle.train(federation, 2)
+    assert dict(engine.deadlines) == {"advertise": 10, "share": 10, "fit": 80, "confirm": 10, "unmask": 10}
+    hanging.add(BAD)
+    engine.waited = 0.0
+    assert oracle.train(federation, 3).lost == {BAD: "no answer to advertise within 10 s"}
+    assert engine.waited == 10 + 1 + 20 + 1 + 1
+    engine.waited = 0.0
+    for number in (4, 5, 6):
+        why = oracle.train(federation, number).lost[BAD]
+        assert why == "is not back since it was lost (no answer to advertise within 10 s)"
+    assert engine.waited == 3 * (1 + 1 + 20 + 1 + 1)
+    assert engine.restarted == [BAD]
+    hanging.clear()
+    assert len(oracle.train(federation, 7).contributors) == 4
+
+
+def test_a_sum_that_sites_began_to_open_is_opened_for_the_same_survivors_or_not_at_all(tmp_path: Path) -> None:
+    """Six sites, five are needed: one is lost before its vector, another in the last stage."""
+    faults = [Fault(BAD, 2, "fit", "raise"), Fault("site-002", 2, "unmask", "die before")]
+    federation, sites, oracle = faulty(tmp_path, faults, sites=6)
+    oracle.train(federation, 1)
+    total = oracle.train(federation, 2)
+    assert len(federation.failed) == 1
+    assert set(total.contributors) == set(sites) - {BAD}
+    assert total.lost == {BAD: "was not in the attempt that sites have begun to open"}
+    assert oracle.train(federation, 3).contributors == tuple(sites)
+    assert {name: site.counted() for name, site in sites.items()} == oracle.counted
 
 
 def test_a_site_that_fails_again_and_again_is_parked_for_longer_and_longer(tmp_path: Path) -> None:
