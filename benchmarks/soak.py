@@ -96,13 +96,14 @@ def soak(federation: Federation, oracle: Oracle, rounds: int, every: int, end: f
         federation.record.lines[:] = [b""] * len(federation.record.lines)
         federation.ledger = Ledger()
         found.faults.update({stage: planned[number, stage] for stage in STAGES})
-        if number % every == 0 or number == rounds:
+        found.seconds = time.monotonic() - started
+        over = time.monotonic() > end
+        if number % every == 0 or number == rounds or over:
             resident = process.memory_info().rss / 2**20
             found.memory.append((number, resident))
-            found.seconds = time.monotonic() - started
             row = f"| {number} | {found.seconds / number:.2f} | {resident:.1f} "
             print(row + f"| {found.contributors[0]} to {found.contributors[1]} | {found.repeated} |", flush=True)
-        if time.monotonic() > end:
+        if over:
             print(f"stopped after round {number}: the time is over")
             break
     return found
