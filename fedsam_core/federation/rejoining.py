@@ -50,14 +50,14 @@ class Rejoining:
         awaited = {site for site in asked if site not in self._waited and site not in resting}
         # Whoever missed a deadline has that time once more: it may be slow, and need not be ended.
         grace = max((min(seconds, self._patience.overdue(site)) for site in awaited), default=0.0)
-        self._ask(asked, awaited, seconds if too_few else grace, round_number, enough)
+        self._ask(asked, set() if too_few else awaited, grace, round_number, enough)
         if seconds > 0:
             self._waited |= awaited & set(attendance.away)
             # Whoever was silent for a whole stage, and still is, hangs: only its end can bring it back.
             hung = {site for site in awaited & self._opening if self._patience.overdue(site) < math.inf}
             for site in hung:
                 self._engine.restart(site)
-            self._ask(hung, hung, seconds, round_number, enough)
+            self._ask(attendance.away if too_few else hung, hung, seconds, round_number, enough)
 
     def _ask(
         self, sites: Collection[str], awaited: Collection[str], seconds: float, round_number: int, enough: Enough
