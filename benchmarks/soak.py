@@ -12,6 +12,7 @@ against a float64 mean; what sites keep in the end against who was in the sums. 
 
 import argparse
 import logging
+import os
 import random
 import shutil
 import sys
@@ -25,7 +26,8 @@ from typing import Any
 
 import psutil
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+TESTS = str(Path(__file__).parents[1] / "tests")
+sys.path.append(TESTS)
 from support.faults import Fault, FaultySite
 from support.toys import Oracle, toy_federation, toy_specs
 
@@ -131,6 +133,7 @@ def on_ray(sites: int, rounds: int, share: float, minutes: float, folder: Path) 
     every = random_faults(specs, rounds, share, ("die before", "die after", "raise", "corrupt"), 0)
     faults = few_a_round(every, sites - (2 * sites // 3 + 1))
     (folder / "marks").mkdir()
+    os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])  # of the actors
     ray.init(num_cpus=sites, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
         placed = plan([spec.site for spec in specs], cluster_nodes(), SiteNeeds(cpus=1, pin="never"))

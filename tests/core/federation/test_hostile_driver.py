@@ -785,7 +785,9 @@ def test_no_sum_of_fewer_sites_than_the_run_asks_for(
     federation, _state, driver = small_run(four, min_contributors=4)
     slices = federation.total_weight()
     driver.silence = lambda method, site: "before" if (method, site) == ("fit", "site-d") else None
-    with pytest.raises(RoundError, match=r"would be the sum of 3 sites, fewer than 4.* lost site-d: gave no answer"):
+    with pytest.raises(
+        RoundError, match=r"only 3 of the 4 sites that it needs are left after fit.* lost site-d: gave no answer"
+    ):
         federation.train(1, slices)
     assert "confirm" not in [method for method, _, _ in driver.replies[-8:]]
     # Nor would the sites help a driver that has fewer in mind.
