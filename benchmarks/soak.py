@@ -26,8 +26,7 @@ from typing import Any
 
 import psutil
 
-TESTS = str(Path(__file__).parents[1] / "tests")
-sys.path.append(TESTS)
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support.faults import Fault, FaultySite
 from support.toys import Oracle, toy_federation, toy_specs
 
@@ -133,7 +132,8 @@ def on_ray(sites: int, rounds: int, share: float, minutes: float, folder: Path) 
     every = random_faults(specs, rounds, share, ("die before", "die after", "raise", "corrupt"), 0)
     faults = few_a_round(every, sites - (2 * sites // 3 + 1))
     (folder / "marks").mkdir()
-    os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])  # of the actors
+    tests = str(Path(__file__).parents[1] / "tests")
+    os.environ["PYTHONPATH"] = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])  # of the actors
     ray.init(num_cpus=sites, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
         placed = plan([spec.site for spec in specs], cluster_nodes(), SiteNeeds(cpus=1, pin="never"))
