@@ -6,10 +6,12 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from fedsam_core.federation.engine import describe_failure
+from fedsam_core.federation.engine import OnAnswer, describe_failure
 
+# An actor that is being started anew refuses calls: for so long it is left alone.
+_RESTART_PAUSE = 0.5
 # A reply that was ready in time may still have to come over from the site's node after the deadline.
 _FETCH_SECONDS = 30.0
 
@@ -32,8 +34,9 @@ class RayEngine:
         """`keep` is given the idle actors in the end; without it they are ended."""
         self._keep = keep
         self._actors = {site: actors[site] for site in sorted(actors)}
-        # Calls that missed their deadline: the answer to come, and the method.
+        # Calls that missed their deadline, and polls: the answer to come, and the method.
         self._busy: dict[str, tuple[ray.ObjectRef[Any], str]] = {}
+        self._polled: set[str] = set()  # sites whose answer to come is a poll's
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -44,14 +47,19 @@ class RayEngine:
         return ray.put(value)
 
     def call(
-        self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float
+        self,
+        method: str,
+        args: Mapping[str, Mapping[str, Any]],
+        deadline: float,
+        on_answer: OnAnswer | None = None,
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Calls `method` at the sites named in `args` at once; see the protocol.
 
         A site that misses the deadline is lost for this call only. Its late answer is ignored, and the next call is
         held back until then: stale calls never pile up in front of a straggler.
         """
-        end = time.monotonic() + deadline
+        begun = time.monotonic()
+        end = begun + deadline
         replies: dict[str, Any] = {}
         lost: dict[str, str] = {}
         waiting: dict[ray.ObjectRef[Any], str] = {}
@@ -76,20 +84,64 @@ class RayEngine:
                 break
             site = waiting.pop(ready[0])
             if site in self._busy:
-                del self._busy[site]
+                self._forget(site)
                 send(site)
                 continue
             try:
                 replies[site] = ray.get(ready[0], timeout=max(_FETCH_SECONDS, end - time.monotonic()))
             except Exception as error:
                 lost[site] = _reason(error)
+                continue
+            if on_answer is not None:
+                end = min(end, begun + on_answer(site, time.monotonic() - begun))
+        allowed = f"{end - begun:.3g} s" + ("" if end == begun + deadline else ", when enough others had answered")
         for ref, site in waiting.items():
             if site in self._busy:
-                lost[site] = f"still busy with an earlier {self._busy[site][1]} after {deadline:g} s"
+                lost[site] = f"still busy with an earlier {self._busy[site][1]} after {allowed}"
             else:
-                lost[site] = f"no answer to {method} within {deadline:g} s"
+                lost[site] = f"no answer to {method} within {allowed}"
                 self._busy[site] = (ref, method)
         return {site: replies[site] for site in sorted(replies)}, {site: lost[site] for site in sorted(lost)}
+
+    def poll(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], seconds: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Calls sites that nobody waits for; see the protocol. The call stands behind whatever a site is still at, and
+        is made again where the site's process has ended meanwhile."""
+        end = time.monotonic() + seconds
+        while True:
+            for site in sorted(args):
+                if site not in self._polled:
+                    self._busy[site] = (self._actors[site].call.remote(method, **args[site]), method)
+                    self._polled.add(site)
+            waiting = {self._busy[site][0]: site for site in args}
+            left = max(0.0, end - time.monotonic())
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left, fetch_local=False)
+            if not ready:
+                return {}, {}
+            site = waiting[ready[0]]
+            self._forget(site)
+            try:
+                return {site: ray.get(ready[0], timeout=_FETCH_SECONDS)}, {}
+            except RayActorError:
+                left = end - time.monotonic()
+                if left <= 0:
+                    return {}, {}
+                time.sleep(min(_RESTART_PAUSE, left))
+            except Exception as error:
+                return {}, {site: _reason(error)}
+
+    def silent(self, site: str) -> bool:
+        return site in self._busy
+
+    def restart(self, site: str) -> None:
+        """Ends the site's process; Ray starts another. Where its node cannot be reached, nothing comes of it."""
+        ray.kill(self._actors[site], no_restart=False)
+
+    def _forget(self, site: str) -> None:
+        """The answer that was to come has come."""
+        del self._busy[site]
+        self._polled.discard(site)
 
     def close(self) -> None:
         """Ends the site actors for good, or hands on those that are idle."""
@@ -101,6 +153,7 @@ class RayEngine:
             self._keep(idle)
         self._actors = {}
         self._busy.clear()
+        self._polled.clear()
 
 
 def _reason(error: Exception) -> str:

@@ -29,7 +29,7 @@ from fedsam_core.hashing import derive_seed
 from fedsam_core.sam.adapters import adapt, shared_state
 from fedsam_core.sam.backbones import build_segmenter
 from fedsam_core.sam.segmenter import SamSegmenter
-from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM
+from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM, default_threshold
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console, dial_in
@@ -103,6 +103,11 @@ def check_sites(config: Config, sites: Sequence[str]) -> None:
         raise ConfigError(
             f"federation.site_ranks names {unknown[0]}, which is no site of cohort {config.cohort.name}: its sites are "
             f"{', '.join(sites)}"
+        )
+    if (config.federation.min_sites or 0) > len(sites):
+        raise ConfigError(
+            f"federation.min_sites={config.federation.min_sites}, but cohort {config.cohort.name} has {len(sites)} "
+            "sites: no round would ever have enough; set it to fewer"
         )
     if config.federation.roster is not None:
         roster = read_roster(config.federation.roster)
@@ -217,7 +222,8 @@ def open_tracking(config: Config) -> Tracking:
 
 
 def check_ranks(config: Config, manifest: ParameterManifest, sites: Sequence[str]) -> None:
-    """Finds ranks by site that change nothing, or that leave components to too few sites to be summed.
+    """Finds ranks by site that change nothing, or that leave components to too few sites to be summed, once as many are
+    lost as a round may lose.
 
     Raises:
         ConfigError: names the key and the fix.
@@ -231,12 +237,21 @@ def check_ranks(config: Config, manifest: ParameterManifest, sites: Sequence[str
                 "leave the site out"
             )
     kinds = summed_kinds(federation, 1) | summed_kinds(federation, 2)
+    fewest = max(default_threshold(len(sites)), federation.min_contributors, federation.min_sites or 0)
+    spare = max(0, len(sites) - fewest)
     for name, group in tensor_groups(manifest, kinds, sites, federation.site_ranks).items():
         if group.sites is not None and len(group.sites) < federation.min_contributors:
             raise ConfigError(
                 f"federation.site_ranks leaves {name} to {len(group.sites)} sites, but a sum is opened over at least "
                 f"{federation.min_contributors}: give more sites that rank, lower the selection's rank, or set "
                 "federation.rule=product-sketch"
+            )
+        if group.sites is not None and len(group.sites) < federation.min_contributors + spare:
+            raise ConfigError(
+                f"federation.site_ranks leaves {name} to {len(group.sites)} sites; a round may lose {spare} of all "
+                f"{len(sites)}, and with them this run, as fewer than {federation.min_contributors} would be left to "
+                "it: give more sites that rank, set federation.rule=product-sketch, or "
+                f"federation.min_sites={len(sites)} where rounds are to wait for every site"
             )
 
 

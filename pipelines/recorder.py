@@ -172,7 +172,11 @@ class Recorder:
         }
         self._tracker.log_round(report.round, metrics)
         row = {"round": report.round, "state_hash": report.state_hash, "contributors": " ".join(report.contributors)}
-        self._rounds.append(row | {"lost": "; ".join(f"{s}: {why}" for s, why in report.lost.items())} | metrics)
+        row |= {
+            name: "; ".join(f"{site}: {why}" for site, why in sites.items())
+            for name, sites in (("lost", report.lost), ("disturbed", report.disturbed))
+        }
+        self._rounds.append(row | metrics)
         self._folder.write_table("rounds.csv", self._rounds)
         self._folder.write_table("ledger.csv", ledger.rows())
         self._commit(report.round, ["state.safetensors", "rounds.csv", "ledger.csv", "layers.csv", *sums])
@@ -180,6 +184,8 @@ class Recorder:
             self._emit(Event(f"round {report.round}: an attempt failed and was repeated with fresh keys ({why})"))
         for site, why in report.lost.items():
             self._emit(Event(f"round {report.round}: went on without {site} ({why})"))
+        for site, why in report.disturbed.items():
+            self._emit(Event(f"round {report.round}: {site} is in it, and was lost in one of its sums ({why})"))
         numbers = {"bytes_up": float(ledger.total("up")), "bytes_down": float(ledger.total("down"))}
         if report.validation is not None:
             self._curve.append((report.round, _known(report.validation.mean_dice)))
@@ -232,7 +238,10 @@ class Recorder:
             mlflow_run=self._tracker.run_id,
         )
         head = federation.record.head
-        said = {"folder": str(outcome.folder), "record_head": head}
+        absent = federation.attendance.absent
+        for site, count in absent.items():
+            self._emit(Event(f"{site} is missing in {count} of {outcome.rounds} rounds: rounds.csv says why"))
+        said = {"folder": str(outcome.folder), "record_head": head, "absent": absent}
         self._folder.write_json("summary.json", asdict(outcome) | said)
         self._tracker.set_tags({"fedsam.record_head": head})  # where whoever changes the run's folder cannot reach it
         self._tracker.log_round(config.federation.rounds, self._final_metrics(after))

@@ -13,6 +13,7 @@ from fedsam_core.data.sources.phantom import PhantomConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import rules
+import soak
 
 BUDGET = rules.Budget(rounds=1, local_steps=1, batch_size=2, image_size=32, rank=2)
 
@@ -129,3 +130,13 @@ def test_means_are_over_sites_and_leave_out_what_has_no_dice() -> None:
     np.testing.assert_allclose(groups["a"], [[0.7, np.nan], [0.6, 0.3]])
     np.testing.assert_allclose(groups["b"], [[0.5, 1.0]])
     assert rules.mean_dice(groups) == pytest.approx(((0.65 + 0.3) / 2 + 0.75) / 2)
+
+
+def test_a_short_soak_loses_nothing(tmp_path: Path) -> None:
+    """Seven sites, of which one in twenty is lost in every stage; `benchmarks/soak.py` does it at length."""
+    found, knows = soak.in_one_process(sites=7, rounds=30, share=0.05, minutes=5, folder=tmp_path)
+    assert found.rounds == 30
+    assert sum(found.faults.values()) > 30
+    assert found.contributors[0] >= 5
+    assert knows
+    assert abs(found.growth) < 30  # MiB

@@ -62,7 +62,15 @@ class FederationConfig(Settings):
         ge=1,
         description="times which the clip is; what is beyond is cut and counted; unset: 2, 1.5 for bits of 16 and less",
     )
-    min_contributors: int = Field(3, ge=3, description="fewest sites in any sum that is opened")
+    min_contributors: int = Field(
+        3, ge=3, description="fewest sites whose values are in any lane of a sum that is opened: what protects them"
+    )
+    min_sites: int | None = Field(
+        None,
+        ge=3,
+        description="fewest sites that a round goes on with: what its result is worth; unset: as few as the secure sum "
+        "opens for, which is floor(2n/3)+1 of n, and min_contributors",
+    )
     attempts: int = Field(2, ge=1, description="tries of a sum, each with fresh keys, before the run gives up")
     roster: Path | None = Field(
         None, description="file of the consortium's public keys (`fedsam keys`); none: a development roster"
@@ -78,7 +86,32 @@ class FederationConfig(Settings):
     keep_sums: bool = Field(
         True, description="keep each round's sum, so that `fedsam verify` can repeat the run's global states"
     )
-    deadline_s: float = Field(3600.0, gt=0, description="seconds that the sites have for each stage of a round")
+    deadline_s: float = Field(
+        3600.0, gt=0, description="seconds, at most, that the sites have for each stage of a round"
+    )
+    deadline_factor: float | None = Field(
+        4.0,
+        ge=1,
+        description="a stage closes after so many times what the slowest site took in the rounds before, and after "
+        "deadline_s at the latest; unset: always after deadline_s",
+    )
+    deadline_floor_s: float = Field(
+        60.0, gt=0, description="seconds that the sites have for a stage at least, however quick they were before"
+    )
+    max_wait_after_min: float | None = Field(
+        None,
+        ge=0,
+        description="seconds that a stage waits for the rest once min_sites have answered; unset: as long as for all",
+    )
+    rejoin_wait_s: float = Field(
+        20.0,
+        ge=0,
+        description="seconds that a round waits, once, for a site that was lost in the round before; later it is taken "
+        "back whenever it is there",
+    )
+    park_after: int = Field(
+        3, ge=1, description="rounds in a row in which a site fails until it is left alone for 1, 2, 4, ... rounds"
+    )
     validate_every: int = Field(1, ge=0, description="rounds between validations of the global state; 0 for none")
     share_site_scores: bool = Field(
         True,

@@ -1,12 +1,17 @@
 """What carries calls to sites. The only thing that differs between one process and a cluster."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from fedsam_core.errors import FedsamError, SecureSumError
 
 _log = logging.getLogger(__name__)
+
+OnAnswer = Callable[[str, float], float]
+"""Told of each answer as it comes, with the seconds since the call was made; gives the seconds after which the call is
+to end, if that is before its deadline."""
 
 
 class Engine(Protocol):
@@ -22,7 +27,11 @@ class Engine(Protocol):
         ...
 
     def call(
-        self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float
+        self,
+        method: str,
+        args: Mapping[str, Mapping[str, Any]],
+        deadline: float,
+        on_answer: OnAnswer | None = None,
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Calls `method` at every site named in `args`, with that site's keywords.
 
@@ -30,11 +39,29 @@ class Engine(Protocol):
             method: name of a public method of the site.
             args: keywords by site.
             deadline: seconds to wait for all of them.
+            on_answer: may end the call before.
 
         Returns:
             Replies by site, and by lost site the reason in a line. Every site in `args` is in exactly one of the two;
             a site's failure never raises here.
         """
+        ...
+
+    def poll(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], seconds: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """As `call`, for sites that nobody waits for: returns with the first answer, or after so many seconds.
+
+        A site in neither of the two stays asked: the same poll, made again, goes on waiting for its answer.
+        """
+        ...
+
+    def silent(self, site: str) -> bool:
+        """Whether a site has not answered yet what it was asked last: it hangs, is slow, or cannot be reached."""
+        ...
+
+    def restart(self, site: str) -> None:
+        """Ends whatever a site is at, if that is possible; it begins anew from its specification."""
         ...
 
     def close(self) -> None:
@@ -59,18 +86,36 @@ class InProcessEngine:
         return value
 
     def call(
-        self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float
+        self,
+        method: str,
+        args: Mapping[str, Mapping[str, Any]],
+        deadline: float,
+        on_answer: OnAnswer | None = None,
     ) -> tuple[dict[str, Any], dict[str, str]]:
         replies: dict[str, Any] = {}
         lost: dict[str, str] = {}
         for site in sorted(args):
+            begun = time.monotonic()
             try:
                 replies[site] = getattr(self._sites[site], method)(**args[site])
+                if on_answer is not None:
+                    on_answer(site, time.monotonic() - begun)
             except Exception as error:  # whatever befalls a site must not befall the others
                 if not isinstance(error, FedsamError):
                     _log.exception("%s failed at site %s", method, site)  # a bug keeps its traceback
                 lost[site] = describe_failure(error)
         return replies, lost
+
+    def poll(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], seconds: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        return self.call(method, args, seconds)
+
+    def silent(self, site: str) -> bool:
+        return False
+
+    def restart(self, site: str) -> None:
+        """Nothing: a site that has not answered yet is still being waited for."""
 
     def close(self) -> None:
         self._sites.clear()

@@ -5,6 +5,11 @@ site, are never sent and are in no checkpoint of the driver's. So that a round t
 started from, the state after the round before it is kept beside the newest one. A round that is saved ends all later
 ones: they follow from a course that the run has left.
 
+What a round's training gave is *held* before the update leaves, and kept once the update is in a sum: a site that is
+lost in between does not know whether it is, and is told in the next round (`settle`).
+
+    FOLDER/held-000005.safetensors     the same, of the round that is not settled
+    FOLDER/settled.json                for which round it was settled last, and the last round that counted then
     FOLDER/round-000004.safetensors    mode 0600 in a folder of mode 0700; arrays by name, any dtype that numpy and
                                        safetensors share; in the header `layout_hash`, and `sha256` over names, dtypes,
                                        shapes and values
@@ -34,6 +39,8 @@ KEPT = 2  # rounds: the newest, and the one before, from which the newest can be
 Array = np.ndarray[Any, Any]
 
 _FILE = re.compile(r"round-(\d{6,})\.safetensors")
+_SETTLED = "settled.json"
+_HELD = re.compile(r"held-(\d{6,})\.safetensors")
 
 
 class SiteMemory:
@@ -53,11 +60,14 @@ class SiteMemory:
         self._folder = folder
         self._layout_hash = layout_hash
         self._in_ram: dict[int, dict[str, Array]] = {}
+        self._held_in_ram: dict[int, dict[str, Array]] = {}  # of one round, at most
+        self._settled_in_ram: tuple[int, int] | None = None
         if folder is not None:
             try:
                 close_folder(folder)
-                for unfinished in folder.glob(".round-*.tmp"):  # of a process that was killed while it wrote
-                    unfinished.unlink()
+                for kind in ("round", "held"):
+                    for unfinished in folder.glob(f".{kind}-*.tmp"):  # of a process that was killed while it wrote
+                        unfinished.unlink()
             except OSError as error:
                 raise write_failed(folder, error) from error
             for number in self.rounds:
@@ -66,13 +76,7 @@ class SiteMemory:
     @property
     def rounds(self) -> tuple[int, ...]:
         """Numbers of the rounds that are kept, upwards."""
-        if self._folder is None:
-            return tuple(sorted(self._in_ram))
-        try:
-            found = [_FILE.fullmatch(path.name) for path in self._folder.iterdir()]
-        except OSError as error:
-            raise DataError(f"{self._folder}: cannot list the site's memory ({error.strerror})") from error
-        return tuple(sorted(int(match[1]) for match in found if match))
+        return self._numbers(_FILE) if self._folder is not None else tuple(sorted(self._in_ram))
 
     def save(self, round: int, arrays: Mapping[str, Array]) -> None:
         """Keeps the state after a round, in place of what was kept of it and of later rounds.
@@ -80,20 +84,101 @@ class SiteMemory:
         Raises:
             DataError: the disk refuses; what was kept of this and earlier rounds is still there.
         """
-        copies = {name: np.array(value, order="C") for name, value in arrays.items()}
         for later in self.rounds:
             if later > round:
                 self._remove(later)
         if self._folder is None:
-            self._in_ram[round] = copies
+            self._in_ram[round] = _copies(arrays)
         else:
-            about = json.dumps({"layout_hash": self._layout_hash, "sha256": _digest(copies)}, sort_keys=True)
-            path = self._path(self._folder, round)
-            write_atomic(path, save(copies, metadata={"fedsam": about}))
+            self._write(self._path(self._folder, round), arrays)
+        self._forget_old()
+
+    def hold(self, round: int, arrays: Mapping[str, Array]) -> None:
+        """Sets aside what a round's training gave, until it is known whether it counts. Raises as `save`."""
+        for other in self._held:
+            if other != round:
+                self._remove_held(other)
+        if self._folder is None:
+            self._held_in_ram = {round: _copies(arrays)}
+        else:
+            self._write(self._path(self._folder, round, "held"), arrays)
+
+    def keep(self, round: int) -> None:
+        """What is held of a round counts, and is now the state after it; nothing where none is. Raises as `save`."""
+        if round not in self._held:
+            return
+        for later in self.rounds:
+            if later > round:
+                self._remove(later)
+        if self._folder is None:
+            self._in_ram[round] = self._held_in_ram.pop(round)
+        else:
+            held = self._path(self._folder, round, "held")
+            self._read(held)
             try:
-                path.chmod(0o600)
+                held.replace(self._path(self._folder, round))
             except OSError as error:
-                raise write_failed(path, error) from error
+                raise write_failed(held, error) from error
+        self._forget_old()
+
+    def settle(self, counted: int, round: int) -> None:
+        """Before `round` makes anything of it: of the rounds before, `counted` is the last whose sum has this site's
+        update. What is held of that one is kept, and what later ones left is forgotten.
+
+        What is told first for a round holds, and is written down before: else a driver that told something else after a
+        restart would get a second update of the round, from another memory, and see by how much the two differ. Raises
+        as `save`.
+        """
+        told = self._settled()
+        if told is not None and told[0] == round:
+            counted = told[1]
+        elif self._folder is None:
+            self._settled_in_ram = (round, counted)
+        else:
+            write_atomic(self._folder / _SETTLED, json.dumps([round, counted]).encode())
+        self.keep(counted)
+        for number in self._held:
+            if number < round:
+                self._remove_held(number)
+        for number in self.rounds:
+            if counted < number < round:
+                self._remove(number)
+
+    def _settled(self) -> tuple[int, int] | None:
+        """The round for which it was settled last, and what was told."""
+        if self._folder is None:
+            return self._settled_in_ram
+        path = self._folder / _SETTLED
+        try:
+            round, counted = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is unreadable ({type(error).__name__}): {_FIX}") from error
+        return int(round), int(counted)
+
+    @property
+    def _held(self) -> tuple[int, ...]:
+        return self._numbers(_HELD) if self._folder is not None else tuple(self._held_in_ram)
+
+    def _numbers(self, kind: re.Pattern[str]) -> tuple[int, ...]:
+        assert self._folder is not None
+        try:
+            found = [kind.fullmatch(path.name) for path in self._folder.iterdir()]
+        except OSError as error:
+            raise DataError(f"{self._folder}: cannot list the site's memory ({error.strerror})") from error
+        return tuple(sorted(int(match[1]) for match in found if match))
+
+    def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
+        copies = _copies(arrays)
+        about = json.dumps({"layout_hash": self._layout_hash, "sha256": _digest(copies)}, sort_keys=True)
+        write_atomic(path, save(copies, metadata={"fedsam": about}))
+        try:
+            path.chmod(0o600)
+        except OSError as error:
+            raise write_failed(path, error) from error
+
+    def _forget_old(self) -> None:
         for old in self.rounds[:-KEPT]:
             self._remove(old)
 
@@ -150,16 +235,18 @@ class SiteMemory:
     def _remove(self, number: int) -> None:
         if self._folder is None:
             del self._in_ram[number]
-            return
-        path = self._path(self._folder, number)
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise write_failed(path, error) from error
+        else:
+            _unlink(self._path(self._folder, number))
+
+    def _remove_held(self, number: int) -> None:
+        if self._folder is None:
+            del self._held_in_ram[number]
+        else:
+            _unlink(self._path(self._folder, number, "held"))
 
     @staticmethod
-    def _path(folder: Path, number: int) -> Path:
-        return folder / f"round-{number:06d}.safetensors"
+    def _path(folder: Path, number: int, kind: str = "round") -> Path:
+        return folder / f"{kind}-{number:06d}.safetensors"
 
 
 def close_folder(folder: Path) -> None:
@@ -169,6 +256,17 @@ def close_folder(folder: Path) -> None:
         folder.chmod(0o700)  # one that was there may be open to others
     except OSError as error:
         raise write_failed(folder, error) from error
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_failed(path, error) from error
+
+
+def _copies(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: np.array(value, order="C") for name, value in arrays.items()}
 
 
 _FIX = "restore it, or remove it and let the site go on from an earlier round of its memory, or without any"

@@ -20,6 +20,7 @@ from fedsam_core.data.preprocess import FORMAT, MANIFEST, PreparedCohort, Prepro
 from fedsam_core.data.sources import Listing, Modality, Problem
 from fedsam_core.data.survey import BINS, PLANES, Survey, take_survey
 from fedsam_core.errors import ConfigError, DataError, FedsamError, RoundError
+from fedsam_core.federation.attendance import Patience
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.ledger import Ledger
 from fedsam_core.federation.summation import Contribution, Relay, secure_sum
@@ -464,7 +465,7 @@ def secure_survey(engine: Engine, spec: CohortSpec) -> Survey:
             sites=engine.sites,
             threshold=default_threshold(len(engine.sites)),
         )
-        relay = Relay(engine, attempt, TASK, Ledger(), federation.deadline_s)
+        relay = Relay(engine, attempt, TASK, Ledger(), Patience(federation.deadline_s))
         try:
             total = secure_sum(relay, roster, layout, Contribution("survey"), Chain())
         except RoundError as error:

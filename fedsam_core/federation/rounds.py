@@ -5,8 +5,9 @@ business of whoever calls.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, Literal
 
@@ -14,13 +15,15 @@ import numpy as np
 
 from fedsam_core import __version__
 from fedsam_core.errors import RoundError
+from fedsam_core.federation.attendance import Attendance, Patience
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.lanes import Precision, Round, layout_of
 from fedsam_core.federation.ledger import Ledger
+from fedsam_core.federation.rejoining import Enough, Rejoining
 from fedsam_core.federation.server import Course, LoraReport, Server, Step
 from fedsam_core.federation.site import SiteSpec
 from fedsam_core.federation.state import GlobalState, pack_global
-from fedsam_core.federation.summation import Contribution, Relay, Total, plain_sum, secure_sum
+from fedsam_core.federation.summation import Contribution, HalfOpened, Relay, Total, plain_sum, secure_sum
 from fedsam_core.federation.tasks import Task, sum_hash
 from fedsam_core.secagg.attempt import PROTOCOL, Attempt, default_threshold
 from fedsam_core.secagg.keyfiles import read_roster
@@ -29,8 +32,6 @@ from fedsam_core.secagg.record import Chain
 from fedsam_core.selection import ParameterManifest
 
 State = dict[str, np.ndarray[Any, Any]]
-
-_REJOIN_SECONDS = 120.0  # what the others wait for a lost site to open again before a sum
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class RoundReport:
         state_hash: of the global state after it.
         contributors: sites whose updates are in it.
         lost: why other sites are not.
+        disturbed: why sites were lost that are: after they had sent their vectors, or in another sum of the round.
         failed: why earlier attempts of the round's sum came to nothing.
         loss: mean training loss, weighted as the updates are.
         dice: by class, Dice on the training slices of all sites together.
@@ -80,6 +82,7 @@ class RoundReport:
     state_hash: str
     contributors: tuple[str, ...]
     lost: dict[str, str]
+    disturbed: dict[str, str]
     failed: tuple[str, ...]
     loss: float
     dice: tuple[float, ...]
@@ -130,7 +133,16 @@ class Federation:
         self.sites: dict[str, dict[str, str]] = {}
         self._roster = Roster({})
         self._weights_hash = weights
-        self._lost: list[str] = []
+        self.attendance = Attendance(engine.sites, self.config.park_after)
+        self.patience = Patience(
+            self.config.deadline_s,
+            self.config.deadline_factor,
+            min(self.config.deadline_floor_s, self.config.deadline_s),
+            self.config.max_wait_after_min,
+        )
+        self.disturbed: dict[str, str] = {}  # why sites were lost in sums of the present round, whatever became of it
+        self._rejoining = Rejoining(engine, self.attendance, self.patience, self._take_back)
+        self._told: dict[str, str] = {}  # hash of the roster that each site knows
         self._attempts = 0
         self._about = dict(about or {})
         self.record = Chain()
@@ -151,7 +163,9 @@ class Federation:
             RoundError: a site cannot take part, was opened with another layout, or has another key than the roster's.
             SecureSumError: the roster's file cannot be used.
         """
-        replies = self._ask_all("open", {})
+        replies, lost = self._ask("open", {site: {} for site in self.engine.sites})
+        if lost:
+            raise RoundError("; ".join(f"site {site} cannot take part: {why}" for site, why in sorted(lost.items())))
         for site, reply in replies.items():
             if not self._fits(reply):
                 raise RoundError(
@@ -186,9 +200,14 @@ class Federation:
         )
         self._server = Server(self._round(1), state)
         self._held = {site: reply["state_hash"] for site, reply in replies.items()}
-        lost = self._enroll()
+        for site, reply in replies.items():
+            if self._pinned is not None and self._pinned.key(site).hex() != reply["identity"]:
+                raise RoundError(f"site {site} has another key than {self.config.roster} pins for it")
+        lost = self._enroll(self.engine.sites)
         if lost and self._pinned is not None:
             raise RoundError("; ".join(f"site {site} refuses the roster: {why}" for site, why in sorted(lost.items())))
+        for site, why in lost.items():
+            self.attendance.lose(site, why, failed=False)
         self.record.add("state", round=0, state_hash=self.server.state.hash, sums=[])
 
     @property
@@ -202,7 +221,18 @@ class Federation:
         """What all sites' updates weigh together: from the first secure sum, unless all weigh alike."""
         if self.config.weights == "equal":
             return float(len(self.engine.sites))
-        return float(self._sum(Task(purpose="weights"), 0, Contribution("weigh")).lanes["amount"][0])
+        # Of all sites, with SCAFFOLD: the common variate is a sum of shares of the whole. It cannot be weighed again
+        # later, as the same question is not answered for other survivors.
+        needed = len(self.engine.sites) if self.config.scaffold else 0
+        try:
+            return float(self._sum(Task(purpose="weights"), 0, Contribution("weigh"), needed).lanes["amount"][0])
+        except RoundError as error:
+            if not needed:
+                raise
+            raise RoundError(
+                f"{error}. SCAFFOLD has to weigh every site once, at the start: mend the site, leave it out, or set "
+                "federation.weights=equal"
+            ) from error
 
     def train(self, round_number: int, total_weight: float) -> tuple[Step, tuple[Total, ...]]:
         """One round of training: its sums, and the global state that follows.
@@ -214,6 +244,10 @@ class Federation:
         course, before = server.begin(round_number, total_weight), server.state.hash
         totals: list[Total] = []
         failed: list[str] = []
+        self.disturbed = {}
+        if round_number == 1:
+            self.attendance.begin()
+        self._rejoin(round_number, self.config.rejoin_wait_s)
         while (task := course.task()) is not None:
             how = self._fitting("fit") if course.basis_message is None else self._projecting(course, totals[-1])
             try:
@@ -221,13 +255,14 @@ class Federation:
             except RoundError as error:
                 if not course.give_up():
                     raise
-                failed.append(f"the round's LoRA step was given up: {error}")
+                failed += [*self.failed[:-1], f"the round's LoRA step was given up: {error}"]
                 continue
             failed += self.failed
             course.take(task, total.layout, total.lanes, total.contributors)
             totals.append(total)
         step = course.finish()
         self.failed = failed
+        self.attendance.close(round_number, next(one for one in totals if one.about == "update").contributors)
         self._before, self._step = before, step.message
         self.record.add("state", round=round_number, state_hash=step.state.hash, sums=[total.entry for total in totals])
         return step, tuple(totals)
@@ -245,7 +280,9 @@ class Federation:
         with np.errstate(invalid="ignore"):
             dice = np.where(lanes["cases"] > 0.5, lanes["dice"] / lanes["cases"], np.nan)
         asked = {site: {"picture": pictures} for site in total.contributors}
-        told, _ = self.engine.call("disclose", asked, self.config.deadline_s)
+        told, lost = self._ask("disclose", asked)
+        for site, why in lost.items():
+            self.attendance.lose(site, why, failed=False)
         for site, reply in told.items():
             self.ledger.add(site, "up", round_number, "scores/disclose", len(json.dumps(reply["summary"]).encode()))
             if reply["picture"]:
@@ -267,7 +304,9 @@ class Federation:
             frozenset(site for site, held in self._held.items() if self._step and held == self._before) - holders
         )
         everyone = holders | followers >= set(self.engine.sites)
-        return Contribution(method, "state", b"" if everyone else pack_global(state), self._step, holders, followers)
+        common = b"" if everyone else pack_global(state)
+        own = {site: {"counted": number} for site, number in self.attendance.counted.items()}
+        return Contribution(method, "state", common, self._step, holders, followers, own=own)
 
     def _projecting(self, course: Course, last: Total) -> Contribution:
         """A contribution to a later sum of a round: of just those who are in its first, else sites refuse it."""
@@ -275,57 +314,85 @@ class Federation:
         left_out = dict.fromkeys(absent, "is not in the sum of the updates that this one goes on from")
         return Contribution("project", "basis", course.basis_message or b"", left_out=left_out)
 
-    def _ask_all(self, method: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
-        replies, lost = self.engine.call(method, dict.fromkeys(self.engine.sites, keywords), self.config.deadline_s)
-        if lost:
-            raise RoundError("; ".join(f"site {site} cannot take part: {why}" for site, why in sorted(lost.items())))
-        return replies
+    def _ask(self, method: str, args: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+        """A call outside of sums, with a deadline that is learnt as theirs are."""
+        took: list[float] = []
 
-    def _rejoin(self) -> None:
-        """Opens sites anew that the last sum lost: one that was restarted has neither scans, model nor known key."""
-        if not self._lost:
-            return
-        patience = min(_REJOIN_SECONDS, self.config.deadline_s)
-        replies, _ = self.engine.call("open", {site: {} for site in self._lost}, patience)
-        back = {site: reply for site, reply in replies.items() if self._fits(reply)}
-        self.sites |= back
-        self._held |= {site: reply["state_hash"] for site, reply in back.items()}
-        self._lost = [site for site in self._lost if site not in back]
-        if back:
-            self._enroll()
+        def on_answer(_: str, seconds: float) -> float:
+            took.append(seconds)
+            return math.inf
 
-    def _enroll(self) -> dict[str, str]:
-        """Tells every site all keys; why some do not take them. Those of a pinned roster sites only compare."""
+        replies, lost = self.engine.call(method, args, self.patience.deadline(method), on_answer)
+        if took:
+            self.patience.took(method, max(took))
+        return replies, lost
+
+    def _rejoin(self, round_number: int, seconds: float, enough: Enough = lambda present: True) -> None:
+        """Takes back sites that were lost (see `Rejoining`), and tells keys to whoever does not know them yet."""
+        self._rejoining.rejoin(round_number, seconds, enough)
+        for site, why in self._enroll(self.attendance.present(round_number)).items():
+            self.attendance.lose(site, why)
+
+    def _take_back(self, site: str, reply: Any) -> str:
+        """A site has opened again: it may have been restarted, and hold another state and another key."""
+        if not self._fits(reply):
+            return "it opened with another model than the driver's"
+        if self._pinned is not None and self._pinned.key(site).hex() != reply["identity"]:
+            return f"it has another key than {self.config.roster} pins for it"
+        self.sites[site] = reply
+        self._held[site] = reply["state_hash"]
+        self._told.pop(site, None)
+        return ""
+
+    def _enroll(self, sites: Collection[str]) -> dict[str, str]:
+        """Tells sites all keys, if they do not know them; why some do not take them. Those of a pinned roster sites
+        only compare."""
         keys = {site: reply["identity"] for site, reply in self.sites.items()}
-        if self._pinned is not None:
-            for site, key in keys.items():
-                if self._pinned.key(site).hex() != key:
-                    raise RoundError(f"site {site} has another key than {self.config.roster} pins for it")
-        self._roster = Roster({site: bytes.fromhex(key) for site, key in keys.items()})
-        self.record.add("roster", keys=keys)
-        _, lost = self.engine.call("enroll", {site: {"roster": keys} for site in keys}, self.config.deadline_s)
-        for site in keys:
+        roster = Roster({site: bytes.fromhex(key) for site, key in keys.items()})
+        if roster.hash != self._roster.hash:
+            self._roster = roster
+            self.record.add("roster", keys=keys)
+        asked = [site for site in sites if self._told.get(site) != roster.hash]
+        if not asked:
+            return {}
+        args = {site: {"roster": keys} for site in asked}
+        _, lost = self._ask("enroll", args)
+        for site in asked:
             self.ledger.add(site, "down", 0, "enroll", len(json.dumps(keys).encode()))
+            if site not in lost:
+                self._told[site] = roster.hash
         return lost
 
-    def _fits(self, reply: Mapping[str, str]) -> bool:
-        return reply["layout_hash"] == self.manifest.layout_hash and reply["weights_hash"] == self._weights_hash
+    def _fits(self, reply: Any) -> bool:
+        own = {"layout_hash": self.manifest.layout_hash, "weights_hash": self._weights_hash}
+        return isinstance(reply, dict) and all(reply.get(key) == value for key, value in own.items())
 
-    def _sum(self, task: Task, round_number: int, how: Contribution) -> Total:
+    def _sum(self, task: Task, round_number: int, how: Contribution, needed: int = 0) -> Total:
         """Opens a sum. An attempt that fails is followed by another with fresh keys, as often as is configured."""
         self.failed = []
+        wanted = self.config.min_sites if task.purpose in ("update", "magnitudes") else None
+        needed = max(needed, self._round(round_number).minimum, wanted or 0)
+        left_out = dict(how.left_out)
+
+        def enough(present: Collection[str]) -> bool:
+            return len(set(present) - left_out.keys()) >= needed
+
         while True:
-            self._rejoin()
+            self._rejoin(round_number, 0.0, enough)
             if how.keyword == "state":
                 how = self._fitting(how.method)  # whoever rejoined holds another state
             try:
-                return self._attempt(task, round_number, how)
+                return self._attempt(task, round_number, replace(how, left_out=left_out), needed)
             except RoundError as error:
                 self.failed.append(str(error))
                 if len(self.failed) >= self.config.attempts:
                     raise
+                if isinstance(error, HalfOpened):
+                    others = [site for site in self.engine.sites if site not in error.survivors]
+                    left_out |= dict.fromkeys(others, "was not in the attempt that sites have begun to open")
+                    needed = len(error.survivors)
 
-    def _attempt(self, task: Task, round_number: int, how: Contribution) -> Total:
+    def _attempt(self, task: Task, round_number: int, how: Contribution, needed: int) -> Total:
         sites = self.engine.sites
         layout = layout_of(task, self._round(round_number))
         self._attempts += 1
@@ -339,12 +406,21 @@ class Federation:
             sites=sites,
             threshold=default_threshold(len(sites)),
         )
-        relay = Relay(self.engine, attempt, task, self.ledger, self.config.deadline_s, how.left_out)
+        left_out = {**how.left_out, **self.attendance.left_out(round_number)}
+        relay = Relay(self.engine, attempt, task, self.ledger, self.patience, left_out, needed)
         open_sum = plain_sum if self.config.secure_sum == "plain" else secure_sum
+        trains = task.purpose in ("update", "magnitudes")
+        contributors: tuple[str, ...] = ()
         try:
             total = open_sum(relay, self._roster, layout, how, self.record)
+            contributors = total.contributors
         finally:
-            self._lost = sorted(set(relay.lost) - set(how.left_out))  # to be opened again before the next attempt
+            for site in sorted(relay.lost.keys() - left_out.keys()):
+                why = relay.lost[site]
+                self.disturbed.setdefault(site, why)
+                # Slower than the others in opening a sum that it is in: no reason to leave it out of the next rounds.
+                failed = trains and not (site in relay.cut and site in contributors)
+                self.attendance.lose(site, why, failed)
         if how.keyword == "state":
             self._held |= dict.fromkeys(total.contributors, attempt.model_hash)
         return total
@@ -374,11 +450,13 @@ def run_rounds(federation: Federation, on_round: Callable[[RoundReport, GlobalSt
         due = config.validate_every and (number % config.validate_every == 0 or number == config.rounds)
         validation = federation.score("val", number) if due else None
         change = step.state.vector.astype(np.float64) - before.vector
+        lost = {site: why for total in reversed(totals) for site, why in total.lost.items()}
         report = RoundReport(
             round=number,
             state_hash=step.state.hash,
             contributors=totals[-1].contributors,
-            lost={site: why for total in reversed(totals) for site, why in total.lost.items()},
+            lost=lost,
+            disturbed={site: why for site, why in federation.disturbed.items() if site not in lost},
             failed=failed,
             loss=step.update.loss,
             dice=step.update.dice,

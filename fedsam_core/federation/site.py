@@ -120,6 +120,10 @@ class OpenSite:
     learner: Learner
     settings_hash: str
     memory: SiteMemory
+    frozen: str
+    """Hash of the weights that nobody trains."""
+    roster_hash: str
+    """Of the pinned roster; "" for a development roster."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -148,7 +152,7 @@ class FederatedSite(SummingSite):
         self._scored: list[tuple[CaseScore, Array]] = []
 
     def open(self) -> dict[str, str]:
-        """Loads scans and model; the site's public key, layout hash and device come back.
+        """Loads scans and model, unless they are; the site's public key, layout hash and device come back.
 
         Raises:
             DataError: a prepared case is missing or damaged, or the site has no training case.
@@ -156,6 +160,8 @@ class FederatedSite(SummingSite):
             SelectionError: the selection does not fit the model.
             SecureSumError: the roster or this site's key cannot be used, or the site's policy forbids the run.
         """
+        if self._opened is not None:
+            return self._told()  # it was lost for the driver alone: slow, or cut off
         with self._logged("open"):
             roster_hash = self._identify()
         spec = self.spec
@@ -172,17 +178,24 @@ class FederatedSite(SummingSite):
         learner = Learner(spec.site, segmenter, manifest, dataset, spec.learning, device)
         frozen = weights_hash(segmenter, manifest)
         memory = SiteMemory(self._folder if self._keeps else None, manifest.layout_hash)
-        self._opened = OpenSite(prepared, manifest, learner, spec.settings_hash(frozen, roster_hash), memory)
+        settings = spec.settings_hash(frozen, roster_hash)
+        self._opened = OpenSite(prepared, manifest, learner, settings, memory, frozen, roster_hash)
         # Drawn alike by all: whoever starts from it need not be sent it.
         self._held = first_state(manifest, shared_state(segmenter, manifest), spec.federation.scaffold)
+        return self._told()
+
+    def _told(self) -> dict[str, str]:
+        """What `open` says."""
+        site, held = self._site, self._held
+        assert held is not None  # set with the open site
         return {
             "identity": self._identity.public.hex(),
-            "layout_hash": manifest.layout_hash,
-            "weights_hash": frozen,
-            "state_hash": self._held.hash,
-            "roster_hash": roster_hash,
-            "device": describe_device(device),
-            "precision": "bf16" if learner.autocast else "fp32",
+            "layout_hash": site.manifest.layout_hash,
+            "weights_hash": site.frozen,
+            "state_hash": held.hash,
+            "roster_hash": site.roster_hash,
+            "device": describe_device(site.learner.device),
+            "precision": "bf16" if site.learner.autocast else "fp32",
         }
 
     def weigh(self, delivered: bytes) -> bytes:
@@ -192,14 +205,21 @@ class FederatedSite(SummingSite):
                 amount = self._amount()
             return self._contribute(lambda encoder, _: encoder.put_all({"amount": amount}))
 
-    def fit(self, delivered: bytes, state: bytes | None, step: bytes | None = None) -> bytes:
-        """Trains from the global state; contributes the update, or only how large its values are."""
+    def fit(
+        self, delivered: bytes, state: bytes | None, step: bytes | None = None, counted: int | None = None
+    ) -> bytes:
+        """Trains from the global state; contributes the update, or only how large its values are.
+
+        `counted`: the last round whose sum has this site's update, see `SiteMemory.settle`.
+        """
         with self._logged("fit"):
             task = self._task
             if task.purpose not in ("update", "magnitudes") or task.stage:
                 raise OutOfTurn(f"site {self.spec.site} was asked to train, but the sum is about {task.about}")
             self._check_total(task)
             accepted = self._accept(state, step)
+            if counted is not None:
+                self._site.memory.settle(counted, self._current().round)
             with self._masks_ahead(delivered):
                 # A repeated attempt of a round starts from the same state: what was trained is still right.
                 key = (self._current().round, self._current().model_hash)
@@ -230,15 +250,19 @@ class FederatedSite(SummingSite):
                 unpacked = unpack_basis(basis, shapes, federation.broadcast_bits)
             return self._give(task, unpacked)
 
-    def score(self, delivered: bytes, state: bytes | None, step: bytes | None = None) -> bytes:
+    def score(
+        self, delivered: bytes, state: bytes | None, step: bytes | None = None, counted: int | None = None
+    ) -> bytes:
         """Segments the cases of the task's split with the global state and the site's own local layers, or with the
-        site's own model; contributes Dice sums and counts per class."""
+        site's own model; contributes Dice sums and counts per class. `counted` as in `fit`."""
         with self._logged("score"):
             self._scored = []
             task = self._task
             if task.split is None:
                 raise OutOfTurn(f"site {self.spec.site} was asked to score, but the sum is about {task.about}")
             accepted = self._accept(state, step)
+            if counted is not None:
+                self._site.memory.keep(counted)
             with self._masks_ahead(delivered):
                 if task.personal:
                     self._fine_tune(accepted)
@@ -327,6 +351,8 @@ class FederatedSite(SummingSite):
     def _give(self, task: Task, basis: Basis) -> bytes:
         """Contributes what the task asks of the round's training."""
         assert self._fit is not None  # made by `fit`, asked for by `project`
+        if task.purpose == "update" and task.stage == 0 and self._keeps:
+            self._hold(self._current().round, self._fit[1].fit)
         trained, about, site = self._fit[1], self._round(self._current().round), self.spec.site
         if trained.noise is not None:
             state = trained.noise.bit_generator.state
@@ -364,13 +390,18 @@ class FederatedSite(SummingSite):
         parts |= product_values(config, manifest, task.stage, basis, trained.start, after)
         return SiteUpdate(parts, self._amount() / task.total, probes)
 
+    def _hold(self, number: int, fit: Fit) -> None:
+        """Sets aside what this site keeps for the next round, before the update leaves: whether that is in a sum it may
+        not live to see."""
+        kept, newest = dict(fit.kept), self._site.memory.latest()
+        if newest and newest[0] == number and _NOISE in newest[1]:
+            kept[_NOISE] = newest[1][_NOISE]
+        self._site.memory.hold(number, kept)
+
     def _contributed(self) -> None:
         """What this site keeps for the next round counts once its update is in a sum."""
-        if self._task.purpose == "update" and self._task.stage == 0 and self._fit is not None and self._keeps:
-            kept = dict(self._fit[1].fit.kept)
-            if (newest := self._site.memory.latest()) and newest[0] == self._current().round and _NOISE in newest[1]:
-                kept[_NOISE] = newest[1][_NOISE]
-            self._site.memory.save(self._current().round, kept)
+        if self._task.purpose == "update" and self._task.stage == 0 and self._keeps:
+            self._site.memory.keep(self._current().round)
 
     def _noise(self, number: int, update: Array) -> np.random.Generator:
         """What an update's noise is drawn from: a secret, made once a round and noted, and the update's own bits.

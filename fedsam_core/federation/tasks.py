@@ -62,6 +62,12 @@ class Task(Settings):
         )
         return "/".join(part for part in parts if part)
 
+    def kind_of_call(self, method: str) -> str:
+        """Calls of one kind take about as long: training, whatever is summed of it; the scoring of one split."""
+        if self.purpose in ("update", "magnitudes"):
+            return method
+        return "/".join(filter(None, (self.purpose, self.split, "personal" if self.personal else None, method)))
+
     @property
     def follows(self) -> str | None:
         """The sum whose sites must be exactly this one's: a second look at the same updates without one of them would

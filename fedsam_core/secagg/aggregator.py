@@ -214,11 +214,16 @@ class AggregatorSession:
     def __repr__(self) -> str:
         return f"AggregatorSession(round {self._attempt.round}, {self._stage.value}, active {list(self.active)})"
 
+    @property
+    def survivor_names(self) -> tuple[str, ...]:
+        """The sites whose vectors came."""
+        return self._attempt.names(self._survivors)
+
     def course(self) -> dict[str, list[str] | str]:
         """Whom the sites masked with, whose vectors came, and the statement (hex) of it that they signed."""
         return {
             "partners": list(self._attempt.names(self._partners)),
-            "survivors": list(self._attempt.names(self._survivors)),
+            "survivors": list(self.survivor_names),
             "statement": self._statement.hex(),
         }
 

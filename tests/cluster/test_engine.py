@@ -163,6 +163,38 @@ def test_large_replies_of_the_quick_sites_come_in_although_one_straggles(engine)
     assert replies == {"site-a": ["echo"], "site-b": [], "site-c": ["echo"]}
 
 
+def test_a_call_ends_when_enough_have_answered_and_the_rest_can_be_polled(engine):
+    answered = []
+
+    def on_answer(site, seconds):
+        answered.append(site)
+        return seconds + 0.2 if len(answered) == 2 else 60
+
+    args = {site: {"seconds": 3.0 if site == "site-b" else 0.0, "value": 1} for site in engine.sites}
+    replies, lost = engine.call("sleep", args, 60, on_answer)
+    assert sorted(answered) == ["site-a", "site-c"]
+    assert set(replies) == set(answered)
+    assert lost["site-b"].startswith("no answer to sleep within")
+    assert lost["site-b"].endswith("s, when enough others had answered")
+    assert [site for site in engine.sites if engine.silent(site)] == ["site-b"]
+
+    assert engine.poll("history", {"site-b": {}}, 0) == ({}, {})  # it is asked, and not waited for
+    assert engine.poll("history", {"site-b": {}}, 30) == ({"site-b": []}, {})
+    assert not engine.silent("site-b")
+    replies, lost = engine.poll("refuse", {"site-b": {}}, 30)
+    assert replies == {}
+    assert lost == {"site-b": "loss is NaN at batch 3: lower the learning rate"}
+
+
+def test_a_site_that_hangs_is_ended_and_a_poll_waits_until_it_is_there_again(engine):
+    _, lost = engine.call("sleep", {"site-a": {"seconds": 3600}}, 0.2)
+    assert set(lost) == {"site-a"}
+    assert engine.poll("history", {"site-a": {}}, 0) == ({}, {})
+    engine.restart("site-a")
+    assert engine.poll("history", {"site-a": {}}, 60) == ({"site-a": []}, {})
+    assert not engine.silent("site-a")
+
+
 def test_large_replies(engine):
     replies, lost = engine.call("large", everyone(engine), 30)
     assert lost == {}

@@ -123,9 +123,40 @@ def test_rules_and_ranks_that_do_not_fit(stage: Stage) -> None:
         "nowhere",
         "no site",
     )
+    refused(stage("federate", "federation.min_sites=4"), "federation.min_sites=4", "3 sites")
     refused(stage("federate", "federation.privacy.clip=1.0"), "federation.privacy.noise_multiplier")
     private = ("federation.privacy={clip: 1.0, noise_multiplier: 1.0}", "federation.bits=24")
     refused(stage("federate", *private), "weights=equal")
+
+
+@pytest.mark.parametrize(
+    ("ranked", "min_sites", "fits"),
+    [
+        ({"s1": 1}, None, True),  # of five sites one may be lost: three of the four others are left
+        ({}, None, True),
+        ({"s1": 1, "s2": 1}, None, False),
+        ({"s1": 1, "s2": 1}, 5, True),  # no site may be lost then
+        ({"s1": 1, "s2": 1, "s3": 1}, 5, False),  # two sites alone have the band
+    ],
+)
+def test_a_band_of_ranks_must_outlive_as_many_losses_as_a_round(
+    ranked: dict[str, int], min_sites: int | None, fits: bool
+) -> None:
+    from fedsam_core.errors import ConfigError
+    from pipelines.config import load_config
+    from pipelines.federate import check_ranks, initial_model
+
+    asked = ["selection=lora", "rank=2", "model.image_size=32", "federation.weights=equal"]
+    config = load_config("demo", asked)
+    federation = config.federation.model_copy(update={"site_ranks": ranked, "min_sites": min_sites})
+    config = config.model_copy(update={"federation": federation})
+    _, manifest, _ = initial_model(config, 2)
+    sites = ["s1", "s2", "s3", "s4", "s5"]
+    if fits:
+        check_ranks(config, manifest, sites)
+    else:
+        with pytest.raises(ConfigError, match=r"site_ranks leaves .* to [23] sites|a round may lose"):
+            check_ranks(config, manifest, sites)
 
 
 def test_a_checkpoint_for_another_backbone(stage: Stage, tmp_path: Path) -> None:

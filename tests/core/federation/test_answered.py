@@ -80,9 +80,9 @@ def test_a_driver_that_opens_a_round_twice_does_not_learn_the_difference(
         def __getattr__(self, name: str) -> Any:
             return getattr(self._inner, name)
 
-        def call(self, method: str, args: Any, deadline: float) -> Any:
+        def call(self, method: str, args: Any, deadline: float, *rest: Any) -> Any:
             asked = {site: given for site, given in args.items() if method != "fit" or site not in self.dropped}
-            replies, lost = self._inner.call(method, asked, deadline)
+            replies, lost = self._inner.call(method, asked, deadline, *rest)
             return replies, lost | {site: "dropped" for site in args if site not in asked}
 
     engine = Dropping(in_process(specs, FederatedSite))

@@ -67,7 +67,7 @@ class Driver:
     def __getitem__(self, site: str) -> FederatedSite:
         return self._inner._sites[site]
 
-    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float) -> Any:
+    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float, *rest: Any) -> Any:
         if method == "advertise":
             self.attempt = json.loads(next(iter(args.values()))["attempt"])["attempt"]
         heard, lost = {}, {}
@@ -78,7 +78,7 @@ class Driver:
             heard[site] = json.loads(json.dumps(keywords)) if method in ("enroll",) else dict(keywords)
             self.twist(method, site, heard[site])
         self.asked += [(method, site, keywords) for site, keywords in heard.items()]
-        replies, missing = self._inner.call(method, heard, deadline)
+        replies, missing = self._inner.call(method, heard, deadline, *rest)
         for site in [site for site in replies if self.silence(method, site) == "after"]:
             del replies[site]
             lost[site] = "gave no answer in time"
@@ -785,7 +785,9 @@ def test_no_sum_of_fewer_sites_than_the_run_asks_for(
     federation, _state, driver = small_run(four, min_contributors=4)
     slices = federation.total_weight()
     driver.silence = lambda method, site: "before" if (method, site) == ("fit", "site-d") else None
-    with pytest.raises(RoundError, match=r"would be the sum of 3 sites, fewer than 4.* lost site-d: gave no answer"):
+    with pytest.raises(
+        RoundError, match=r"only 3 of the 4 sites that it needs are left after fit.* lost site-d: gave no answer"
+    ):
         federation.train(1, slices)
     assert "confirm" not in [method for method, _, _ in driver.replies[-8:]]
     # Nor would the sites help a driver that has fewer in mind.

@@ -130,8 +130,8 @@ class Losing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def call(self, method: str, args: Any, deadline: float) -> Any:
-        replies, lost = self._inner.call(method, args, deadline)
+    def call(self, method: str, args: Any, deadline: float, *rest: Any) -> Any:
+        replies, lost = self._inner.call(method, args, deadline, *rest)
         if method == self._method and replies.pop(self._site, None) is not None:
             lost[self._site] = "the line broke"
         return replies, lost
@@ -296,7 +296,7 @@ def test_local_layers_differ_by_site_are_never_sent_and_survive_a_restart(
         federation.train(1, weight)
         if restart:
             sites["site-b"] = FederatedSite(sites["site-b"].spec)
-            federation._lost = ["site-b"]  # as the engine would have found when it called
+            federation.attendance.lose("site-b", "restarted")  # as the engine would have found when it called
         step, _ = federation.train(2, weight)
         kept = {name: site._site.memory.latest() for name, site in sites.items()}
         return step.state.hash, kept

@@ -212,3 +212,47 @@ def test_no_damage_goes_unseen(tmp_path: Path, data: st.DataObject) -> None:
     path.write_bytes(content)
     with contextlib.suppress(CheckpointError):
         assert_found(memory.latest(), 1)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_what_is_held_is_kept_once_it_counts_and_forgotten_otherwise(tmp_path: Path, on_disk: bool) -> None:
+    def memory() -> SiteMemory:
+        return SiteMemory(tmp_path / "memory" if on_disk else None, LAYOUT)
+
+    kept = memory()
+    for number in (1, 2):
+        kept.hold(number, {"n": np.array([number])})
+        assert kept.rounds == tuple(range(1, number))  # not yet
+        kept.keep(number)
+    kept.hold(3, {"n": np.array([3])})
+    if on_disk:
+        kept = memory()  # the site was restarted between its vector and the opening of the sum
+    kept.settle(3, 4)
+    assert kept.rounds == (2, 3)
+    kept.hold(4, {"n": np.array([4])})
+    kept.settle(3, 5)  # the sum of round 4 was opened without it
+    kept.settle(2, 5)  # nobody changes that any more
+    if on_disk:
+        memory().settle(2, 5)
+    assert kept.rounds == (2, 3)
+    kept.hold(5, {"n": np.array([5])})
+    kept.keep(5)  # it helped to open an attempt that failed, and was not in the next one
+    kept.settle(3, 6)
+    assert kept.rounds == (3,)
+    latest = kept.before(6)
+    assert latest is not None
+    assert latest[0] == 3
+    assert latest[1]["n"] == [3]
+    if on_disk:
+        assert {path.name for path in (tmp_path / "memory").iterdir()} == {"round-000003.safetensors", "settled.json"}
+        assert (tmp_path / "memory" / "round-000003.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_round_under_way_is_left_as_it_is_when_it_is_settled(tmp_path: Path) -> None:
+    """An attempt is repeated, or the round's scores are asked for: what is held of it may still count."""
+    memory = SiteMemory(tmp_path, LAYOUT)
+    memory.hold(4, {"n": np.array([4])})
+    memory.settle(3, 4)
+    memory.keep(4)
+    memory.settle(3, 4)
+    assert memory.rounds == (4,)

@@ -109,6 +109,6 @@ def test_slices_and_scores_are_not_summed_again_without_a_site(tmp_path: Path) -
     with pytest.raises(RoundError, match="OpenedBefore: the weights sum of this state"):
         federation.total_weight()
     engine._sites["site-d"] = FederatedSite(specs[3])
-    federation._lost = []
+    federation.attendance.take_back("site-d")
     with pytest.raises(RoundError, match="OpenedBefore: the scores/test sum of this state"):
         federation.score("test", 2)

@@ -85,8 +85,8 @@ class Listening(InProcessEngine):
         super().__init__({spec.site: CohortSite(spec) for spec in specs})
         self.heard: list[tuple[str, Any]] = []
 
-    def call(self, method: str, args: Any, deadline: float) -> Any:
-        replies, lost = super().call(method, args, deadline)
+    def call(self, method: str, args: Any, deadline: float, *rest: Any) -> Any:
+        replies, lost = super().call(method, args, deadline, *rest)
         self.heard.append((method, replies))
         return replies, lost
 

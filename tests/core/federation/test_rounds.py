@@ -26,8 +26,8 @@ class Recording:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def call(self, method: str, args: Any, deadline: float) -> Any:
-        replies, lost = self._inner.call(method, args, deadline)
+    def call(self, method: str, args: Any, deadline: float, *rest: Any) -> Any:
+        replies, lost = self._inner.call(method, args, deadline, *rest)
         self.replies += [(method, site, reply) for site, reply in replies.items()]
         return replies, lost
 
@@ -240,12 +240,12 @@ def test_sites_told_different_tasks_refuse_each_other(prepared: PreparedCohort) 
     specs = small_specs(prepared)
 
     class Lying(Recording):
-        def call(self, method: str, args: Any, deadline: float) -> Any:
+        def call(self, method: str, args: Any, deadline: float, *rest: Any) -> Any:
             if method == "advertise" and args["site-b"]["task"]["total"]:
                 args = {site: dict(own) for site, own in args.items()}
                 for site in ("site-b", "site-c"):
                     args[site]["task"] = {**args[site]["task"], "total": 1e15}
-            return super().call(method, args, deadline)
+            return super().call(method, args, deadline, *rest)
 
     federation, _state = small_federation(Lying(in_process(specs, FederatedSite)), specs[0])
     slices = federation.total_weight()

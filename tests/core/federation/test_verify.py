@@ -113,9 +113,9 @@ class Listening:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def call(self, method: str, args: Any, deadline: float) -> Any:
+    def call(self, method: str, args: Any, deadline: float, *rest: Any) -> Any:
         self._sum += method == "advertise"
-        replies, lost = self._inner.call(method, args, deadline)
+        replies, lost = self._inner.call(method, args, deadline, *rest)
         for site in [site for site in replies if (self._sum, method, site) in self._loses]:
             del replies[site]
             lost[site] = "the line broke"
