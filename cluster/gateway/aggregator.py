@@ -9,6 +9,7 @@ Everything below `Gateway` and `GatewayEngine` runs in one event loop, in a thre
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -38,12 +39,14 @@ from cluster.gateway.transport import (
     site_of,
 )
 from fedsam_core.errors import ClusterError, ConfigError, FedsamError
+from fedsam_core.federation.engine import OnAnswer
 from fedsam_core.secagg.refusals import MalformedMessage
 from fedsam_core.settings import Settings
 
 _log = logging.getLogger(__name__)
 
 _END_SECONDS = 5.0  # what a site has to take note that a run is over
+_AGAIN_SECONDS = 0.5  # from a lost connection to the next try of a call that nobody waits for
 
 T = TypeVar("T")
 
@@ -106,6 +109,10 @@ class _Link:
 
 class _Lost(Exception):
     """Why a call has no answer, in a line."""
+
+
+class _Gone(_Lost):
+    """It is the connection or the process that is lost: the site itself has said nothing."""
 
 
 class Gateway:
@@ -215,7 +222,7 @@ class Gateway:
         except MalformedMessage as error:
             _log.warning("refused a message of site %s: %s", claimed, error)
             if link.socket is socket:
-                self._fail(link, f"{describe(error)}")
+                self._fail(link, _Lost(describe(error)))
             await self._close(socket, REFUSED)
         except LinkLost as error:
             _log.warning("the link to site %s was lost (%s)", claimed, error)
@@ -230,7 +237,7 @@ class Gateway:
             link.given_up = None
         if process != link.process:
             link.process = process
-            self._fail(link, "its process was restarted")
+            self._fail(link, _Gone("its process was restarted"))
         link.connected.set()
         if (pending := link.pending) is not None:
             # The link was lost in the middle of a call. The process may have it, or even have answered it.
@@ -244,7 +251,10 @@ class Gateway:
         patience = self._config.patience_s
         link.patient_until = self._loop.time() + patience
         link.given_up = self._loop.call_at(
-            link.patient_until, self._fail, link, f"its link was lost, and it did not come back within {patience:g} s"
+            link.patient_until,
+            self._fail,
+            link,
+            _Gone(f"its link was lost, and it did not come back within {patience:g} s"),
         )
 
     async def _present(self, link: _Link, end: float) -> bool:
@@ -268,24 +278,20 @@ class Gateway:
         else:
             _resolve(pending.reply, _Lost(line(message.body["reason"])))
 
-    def _fail(self, link: _Link, reason: str) -> None:
+    def _fail(self, link: _Link, why: _Lost) -> None:
         if link.pending is not None:
             pending, link.pending = link.pending, None
-            _resolve(pending.reply, _Lost(reason))
+            _resolve(pending.reply, why)
 
-    async def _ask(self, link: _Link, message: Message, end: float, deadline: float) -> Any:
-        """The answer to a call. Raises _Lost."""
-        if link.pending is not None:
-            earlier = link.pending
-            await _until(end, earlier.reply)
-            if link.pending is not None:
-                raise _Lost(f"still busy with an earlier {earlier.message.method} after {deadline:g} s")
+    async def _ask(self, link: _Link, message: Message, end: float) -> Any:
+        """The answer to a call. Raises _Lost; until `end` (of the loop's clock) it is waited for."""
+        while link.pending is not None:  # nothing else is asked before
+            await asyncio.wait([link.pending.reply])
         if not await self._present(link, end):
-            raise _Lost("is not connected")
+            raise _Gone("is not connected")
         link.pending = pending = _Pending(message, encode(message), self._loop.create_future())
         self._start(self._send(link, pending.parts))
-        if not await _until(end, pending.reply):
-            raise _Lost(f"no answer to {message.method} within {deadline:g} s")
+        await asyncio.wait([pending.reply])
         result = pending.reply.result()
         if isinstance(result, _Lost):
             raise result
@@ -321,6 +327,7 @@ class GatewayEngine:
         self._id = token_hex(8)
         self._number = 0
         self._begun: dict[str, str] = {}  # the process of each site that knows what the run is about
+        self._polls: dict[str, asyncio.Task[Any]] = {}  # calls that nobody waits for
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -330,49 +337,121 @@ class GatewayEngine:
         return value
 
     def call(
-        self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float
+        self,
+        method: str,
+        args: Mapping[str, Mapping[str, Any]],
+        deadline: float,
+        on_answer: OnAnswer | None = None,
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Calls `method` at the sites named in `args` at once; see the protocol.
 
         A site that misses the deadline is lost for this call only: its late answer is ignored, and it is asked nothing
         else until then. One that is not connected, or whose link is lost, has `patience_s` to come back.
         """
-        return self._gateway._in_loop(self._call(method, args, deadline))
+        return self._gateway._in_loop(self._call(method, args, deadline, on_answer))
+
+    def poll(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], seconds: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Calls sites that nobody waits for, once they are connected; see the protocol."""
+        return self._gateway._in_loop(self._poll(method, args, seconds))
+
+    def silent(self, site: str) -> bool:
+        link = self._gateway._links[site]
+        return link.pending is not None or not link.connected.is_set()
+
+    def restart(self, site: str) -> None:
+        """Nothing: a hospital's process is the hospital's to end."""
 
     def close(self) -> None:
         """Tells the sites that they are done; they stay connected for what may come next."""
         done: dict[str, dict[str, Any]] = {
             site: {} for site in self._begun if self._gateway._links[site].connected.is_set()
         }
+        for poll in self._polls.values():
+            self._gateway._loop.call_soon_threadsafe(poll.cancel)
+        self._polls.clear()
         if done:
             self.call("end", done, _END_SECONDS)
         self._begun.clear()
 
     async def _call(
-        self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float
+        self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float, on_answer: OnAnswer | None
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        sites = sorted(args)
-        end = self._gateway._loop.time() + deadline
-        results = await asyncio.gather(
-            *(self._call_one(site, method, args[site], end, deadline) for site in sites), return_exceptions=True
-        )
+        loop, first = self._gateway._loop, self._number
+        begun = loop.time()
+        end = begun + deadline
+        asked = {
+            loop.create_task(self._call_one(site, method, args[site], end, self._polls.pop(site, None))): site
+            for site in sorted(args)
+        }
         replies: dict[str, Any] = {}
         lost: dict[str, str] = {}
-        for site, result in zip(sites, results, strict=True):
-            if not isinstance(result, BaseException):
-                replies[site] = result
-            elif isinstance(result, (_Lost, FedsamError)):
-                lost[site] = str(result)
-            else:
-                raise result
+        while asked:
+            left = max(0.0, end - loop.time())
+            done, _ = await asyncio.wait(asked, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
+            for site, task in sorted((asked.pop(task), task) for task in done):
+                _sort(site, task, replies, lost)
+                if site in replies and on_answer is not None:
+                    end = min(end, begun + on_answer(site, loop.time() - begun))
+        allowed = f"{end - begun:.3g} s" + ("" if end == begun + deadline else ", when enough others had answered")
+        for task, site in asked.items():
+            task.cancel()
+            lost[site] = self._missed(site, first, allowed)
+        return {site: replies[site] for site in sorted(replies)}, {site: lost[site] for site in sorted(lost)}
+
+    async def _call_one(
+        self,
+        site: str,
+        method: str,
+        keywords: Mapping[str, Any],
+        end: float,
+        poll: "asyncio.Task[Any] | None" = None,
+    ) -> Any:
+        """The site's answer, after that to a poll. Raises _Lost; ended from outside where it comes too late."""
+        gateway, link = self._gateway, self._gateway._links[site]
+        if poll is not None:
+            await asyncio.wait([poll])
+        if await gateway._present(link, end) and self._begun.get(site) != (process := link.process):
+            await gateway._ask(link, self._message("begin", self._beginnings[site]), end)
+            self._begun[site] = process
+        return await gateway._ask(link, self._message(method, keywords), end)
+
+    def _missed(self, site: str, first: int, allowed: str) -> str:
+        """Why a site has not answered a call whose messages have numbers from `first` on."""
+        pending = self._gateway._links[site].pending
+        if pending is None:
+            return "is not connected"
+        method = pending.message.method
+        if pending.message.engine == self._id and pending.message.number > first:
+            return f"no answer to {method} within {allowed}"
+        return f"still busy with an earlier {method} after {allowed}"
+
+    async def _poll(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], seconds: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        for site in sorted(args):
+            if site not in self._polls:
+                self._polls[site] = self._gateway._loop.create_task(self._poll_one(site, method, args[site]))
+        asked = {self._polls[site]: site for site in args}
+        replies: dict[str, Any] = {}
+        lost: dict[str, str] = {}
+        done, _ = await asyncio.wait(asked, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            del self._polls[asked[task]]
+            _sort(asked[task], task, replies, lost)
         return replies, lost
 
-    async def _call_one(self, site: str, method: str, keywords: Mapping[str, Any], end: float, deadline: float) -> Any:
-        gateway, link = self._gateway, self._gateway._links[site]
-        if await gateway._present(link, end) and self._begun.get(site) != (process := link.process):
-            await gateway._ask(link, self._message("begin", self._beginnings[site]), end, deadline)
-            self._begun[site] = process
-        return await gateway._ask(link, self._message(method, keywords), end, deadline)
+    async def _poll_one(self, site: str, method: str, keywords: Mapping[str, Any]) -> Any:
+        """The site's answer, however often its link or process is lost meanwhile."""
+        while True:
+            await self._gateway._links[site].connected.wait()
+            try:
+                return await self._call_one(site, method, keywords, math.inf)
+            except _Gone:
+                await asyncio.sleep(_AGAIN_SECONDS)
 
     def _message(self, method: str, keywords: Mapping[str, Any]) -> Message:
         self._number += 1
@@ -389,7 +468,9 @@ def _resolve(reply: "asyncio.Future[Any]", result: Any) -> None:
         reply.set_result(result)
 
 
-async def _until(end: float, reply: "asyncio.Future[Any]") -> bool:
-    """Whether the answer is there by `end` (of the loop's clock)."""
-    await asyncio.wait([reply], timeout=max(0.0, end - asyncio.get_running_loop().time()))
-    return reply.done()
+def _sort(site: str, task: "asyncio.Task[Any]", replies: dict[str, Any], lost: dict[str, str]) -> None:
+    """Puts what came of a call into one of the two."""
+    try:
+        replies[site] = task.result()
+    except (_Lost, FedsamError) as error:
+        lost[site] = str(error)

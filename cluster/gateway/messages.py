@@ -84,6 +84,7 @@ class Delivered(_Fields):
 class FromState(Delivered):
     state: bytes | None
     step: bytes | None = None
+    counted: int | None = Field(None, ge=0)
 
 
 class Project(Delivered):

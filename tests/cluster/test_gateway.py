@@ -114,11 +114,12 @@ class Interrupted:
     def __init__(self, engine: Engine, at: Callable[[str, int], None]) -> None:
         self._engine, self._at, self._seen = engine, at, 0
         self.sites, self.share, self.close = engine.sites, engine.share, engine.close
+        self.poll, self.silent, self.restart = engine.poll, engine.silent, engine.restart
 
-    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float) -> Any:
+    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float, *rest: Any) -> Any:
         self._seen += method == "fit"
         self._at(method, self._seen)
-        return self._engine.call(method, args, deadline)
+        return self._engine.call(method, args, deadline, *rest)
 
 
 class Reference(InProcessEngine):
@@ -128,14 +129,14 @@ class Reference(InProcessEngine):
         super().__init__({spec.site: FederatedSite(spec) for spec in specs})
         self._specs, self._fits = specs, 0
 
-    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float) -> Any:
+    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float, *rest: Any) -> Any:
         self._fits += method == "fit"
         if method == "fit" and self._fits == 2:
             left = {site: keywords for site, keywords in args.items() if site != "site-d"}
             self._sites["site-d"] = FederatedSite(self._specs[3])
-            replies, lost = super().call(method, left, deadline)
+            replies, lost = super().call(method, left, deadline, *rest)
             return replies, {**lost, "site-d": "its process was restarted"}
-        return super().call(method, args, deadline)
+        return super().call(method, args, deadline, *rest)
 
 
 def test_four_processes_agree_with_one_whatever_befalls_them(
