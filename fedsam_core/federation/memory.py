@@ -2,8 +2,9 @@
 
 Local layers, optimiser state, a control variate (SCAFFOLD), what its noise is drawn from: such values belong to one
 site, are never sent and are in no checkpoint of the driver's. So that a round that is repeated starts from what it
-started from, the state after the round before it is kept beside the newest one. A round that is saved ends all later
-ones: they follow from a course that the run has left.
+started from, the states after earlier rounds are kept beside the newest one. Three of them: a driver announces a round
+when the one before is committed, and one that resumes goes back behind that round only if its checkpoint is damaged. A
+round that is saved ends all later ones: they follow from a course that the run has left.
 
     FOLDER/round-000004.safetensors    mode 0600 in a folder of mode 0700; arrays by name, any dtype that numpy and
                                        safetensors share; in the header `layout_hash`, and `sha256` over names, dtypes,
@@ -12,32 +13,26 @@ ones: they follow from a course that the run has left.
 The values derive from the site's patients, as the keys do not: the folder is no place to share.
 """
 
-import hashlib
-import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from fedsam_core.data.files import write_atomic, write_failed
 from fedsam_core.errors import CheckpointError, DataError
+from fedsam_core.federation.sealed import Array, seal, unseal
 
 _log = logging.getLogger(__name__)
 
-KEPT = 2  # rounds: the newest, and the one before, from which the newest can be repeated
-
-Array = np.ndarray[Any, Any]
+KEPT = 3  # rounds: the one under way, the one that it goes on from, and the one before, should that be damaged
 
 _FILE = re.compile(r"round-(\d{6,})\.safetensors")
 
 
 class SiteMemory:
-    """Named arrays by round, the two newest rounds of them. Arrays are copied on their way in and out."""
+    """Named arrays by round, the newest rounds of them. Arrays are copied on their way in and out."""
 
     def __init__(self, folder: Path | None, layout_hash: str) -> None:
         """
@@ -87,9 +82,8 @@ class SiteMemory:
         if self._folder is None:
             self._in_ram[round] = copies
         else:
-            about = json.dumps({"layout_hash": self._layout_hash, "sha256": _digest(copies)}, sort_keys=True)
             path = self._path(self._folder, round)
-            write_atomic(path, save(copies, metadata={"fedsam": about}))
+            write_atomic(path, seal(copies, self._layout_hash))
             try:
                 path.chmod(0o600)
             except OSError as error:
@@ -130,21 +124,16 @@ class SiteMemory:
     def _read(self, path: Path) -> dict[str, Array]:
         """Raises CheckpointError."""
         try:
-            data = path.read_bytes()
-            arrays = {name: np.array(value) for name, value in load(data).items()}
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            about = json.loads(header["__metadata__"]["fedsam"])
-            layout, digest = about["layout_hash"], about["sha256"]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path} is unreadable ({reason}): {_FIX}") from error
+            arrays, layout = unseal(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path} is unreadable ({error.strerror}): {_FIX}") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is {error}: {_FIX}") from error
         if layout != self._layout_hash:
             raise CheckpointError(
-                f"{path.parent} keeps a site's values for another selection or model (layout {str(layout)[:12]}, not "
+                f"{path.parent} keeps a site's values for another selection or model (layout {layout[:12]}, not "
                 f"{self._layout_hash[:12]}): give this run a folder of its own, or remove that one"
             )
-        if digest != _digest(arrays):
-            raise CheckpointError(f"{path} is damaged, its values are not those that were written: {_FIX}")
         return arrays
 
     def _remove(self, number: int) -> None:
@@ -172,13 +161,3 @@ def close_folder(folder: Path) -> None:
 
 
 _FIX = "restore it, or remove it and let the site go on from an earlier round of its memory, or without any"
-
-
-def _digest(arrays: Mapping[str, Array]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and values, in the names' order."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        value = arrays[name]
-        digest.update(json.dumps([name, value.dtype.str, list(value.shape)]).encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
