@@ -222,8 +222,8 @@ class _Replay:
             )
         if lost:
             self.unchecked["lost attempts"] = (
-                f"what became of attempt {', '.join(lost)}, which a driver that was lost had begun: a site opens the sum "
-                "of a state for one set of sites only, but no record shows it"
+                f"what became of attempt {', '.join(lost)}, which a lost driver had begun: a site opens the sum of a "
+                "state for one set of sites only, but no record shows it"
             )
         count, resumed = len(self.only("sum", "failed")), len(self.only("resumed"))
         gap = f"without a gap but for {resumed} resumptions" if resumed else "without a gap"

@@ -57,9 +57,7 @@ def small_specs(prepared: PreparedCohort, selection: LayerSelection | None = Non
     ]
 
 
-def small_federation(
-    engine: Engine, spec: SiteSpec, classes: int = 2, opened: bool = True
-) -> tuple[Federation, State]:
+def small_federation(engine: Engine, spec: SiteSpec, classes: int = 2, opened: bool = True) -> tuple[Federation, State]:
     """A federation with open sites, unless `opened` is False, and the state it starts from."""
     segmenter = build_segmenter(spec.model, classes, spec.selection, seed=derive_seed(SEED, "model"))
     manifest = adapt(segmenter, spec.selection)

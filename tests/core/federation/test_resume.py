@@ -1,25 +1,24 @@
 """A driver that is lost at any call it makes: another goes on from the last checkpoint to the same bits."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.federations import SEED, small_federation, small_specs
+from support.federations import small_federation, small_specs
 
 from fedsam_core.data.preprocess import PreparedCohort
-from fedsam_core.errors import CheckpointError, RoundError
 from fedsam_core.federation import site
-from fedsam_core.federation.checkpoint import Checkpoint, unpack_checkpoint
+from fedsam_core.federation.checkpoint import unpack_checkpoint
 from fedsam_core.federation.engine import Engine, in_process
 from fedsam_core.federation.rounds import Federation, run_rounds
 from fedsam_core.federation.site import FederatedSite, SiteSpec
-from fedsam_core.federation.verify import Stored, verify
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.selection import LayerSelection, LoraTargets, preset
 
-LOCAL = LayerSelection(name="own", lora=LoraTargets(encoder=("q", "v"), rank=2), train=("head",), local=("encoder.norms",))
+LOCAL = LayerSelection(
+    name="own", lora=LoraTargets(encoder=("q", "v"), rank=2), train=("head",), local=("encoder.norms",)
+)
 KEEPS = LearningConfig(local_steps=2, batch_size=4, precision="fp32", keep_optimizer=True)
 SETTINGS: dict[str, dict[str, Any]] = {
     "scaffold, local layers, narrow ring, coded broadcast": {
@@ -28,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kept optimiser, server's moments": {"learning": KEEPS, "strategy": {"kind": "fedadam"}, "broadcast_bits": 16},
     "product in two sums": {"rule": "product-sketch", "bits": 16, "broadcast_bits": 8},
     "b and a in turn": {"rule": "rolora", "strategy": {"kind": "fedavgm"}},
-    "privacy": {"privacy": {"clip": 0.5, "noise": 0.01}, "bits": 20, "weights": "equal"},
+    "privacy": {"privacy": {"clip": 1.0, "noise_multiplier": 1.0}, "bits": 24, "weights": "equal"},
 }  # fmt: skip
 
 
