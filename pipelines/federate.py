@@ -176,8 +176,8 @@ def run_federation(
     config_hash = config.science_hash(about.hash)
     # The random end keeps two runs apart that start in the same second.
     run_id = config.run or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}-{token_hex(2)}"
+    begun = begin(config, run_id, about, code_files())
     with _leased(config, run_id, emit) as lease:
-        begun = begin(config, run_id, about, code_files())
         folder = RunFolder(config.work_dir / "runs" / run_id)
         left = left_off(config, folder, lambda line: emit(Event(line)))
         size = f"{len(about.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"

@@ -6,8 +6,8 @@
   fedsam submit resume NAME --address http://127.0.0.1:8265 # as a job
 
 The run keeps its id, its folder and its MLflow run, and ends with the same bits as if it had never been interrupted (on
-CPUs). Its configuration is its own; only work_dir, storage, tracking and engine may be given anew. A run that was begun as
-`fedsam federate run=NAME` also goes on when that command is given again.
+CPUs). Its configuration is its own; only work_dir, storage, tracking and engine may be given anew. A run that was begun
+as `fedsam federate run=NAME` also goes on when that command is given again.
 """
 
 import argparse
@@ -138,8 +138,8 @@ def config_of_run(run: str, overrides: Sequence[str]) -> Config:
     if begun is None:
         where = " and ".join(filter(None, [str(places.work_dir / "runs"), places.storage.results]))
         raise ConfigError(
-            f"no run {run} in {where} that can go on: `fedsam runs` lists them; say where it is with work_dir=FOLDER or "
-            "storage.results=URL"
+            f"no run {run} in {where} that can go on: `fedsam runs` lists them; say where it is with work_dir=FOLDER "
+            "or storage.results=URL"
         )
     config = begun.config | {"run": run, "work_dir": str(places.work_dir)}
     for key in ELSEWHERE:
@@ -183,12 +183,11 @@ def begin(config: Config, run: str, about: PreparedSites, code: Mapping[str, str
     )
     store.create(f"runs/{run}/{BEGUN}", _packed(now))
     begun = read_begun(store, run) or now
-    if is_finished(config, store, run):
-        raise FinishedRun(f"run {run} has come to its end: give the next one another name, or none")
+    _require_unfinished(config, store, run)
     if changes := list(_changes(begun, now)):
         raise ConfigError(
-            f"run {run} cannot go on, as what decides its result has changed: {'; '.join(changes)}. Put it back, or begin "
-            "a new run"
+            f"run {run} cannot go on, as what decides its result has changed: {'; '.join(changes)}. Put it back, or "
+            "begin a new run"
         )
     RunFolder(config.work_dir / "runs" / run).write(BEGUN, _packed(begun))
     return begun
@@ -202,6 +201,11 @@ def is_finished(config: Config, store: Store, run: str) -> bool:
     return folder.file(_SUMMARY).is_file() and not finished_rounds(folder)
 
 
+def _require_unfinished(config: Config, store: Store, run: str) -> None:
+    if is_finished(config, store, run):
+        raise FinishedRun(f"run {run} has come to its end: give the next one another name, or none")
+
+
 def left_off(config: Config, folder: RunFolder, say: Callable[[str], None]) -> LeftOff | None:
     """Brings the folder of a run to its last finished round; None where it has not finished any. The caller holds the
     run's lease.
@@ -210,11 +214,14 @@ def left_off(config: Config, folder: RunFolder, say: Callable[[str], None]) -> L
         say: told where a round had to be given up.
 
     Raises:
+        FinishedRun: it has come to its end.
         CheckpointError: checkpoints are there, and none of them can be used.
         StoreError: the store cannot be read.
     """
+    store = results_store(config)
+    _require_unfinished(config, store, folder.path.name)  # another driver may have been faster
     if config.storage.results is not None:
-        _fetch_newest(results_store(config), folder, say)
+        _fetch_newest(store, folder, say)
     found = finished_rounds(folder)
     for number in reversed(found):
         try:

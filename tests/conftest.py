@@ -7,7 +7,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the Ray cluster come last: its nodes live to the end, and nobody else is to share a machine with them."""
+    """Tests on the Ray cluster come last: its nodes live to the end, and nobody else is to share the machine."""
     items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
 
 
