@@ -3,9 +3,9 @@
     python benchmarks/resume.py [--kills 20] [--seed 0]
 
 Runs of three synthetic sites in one process. Each is killed (SIGKILL to the whole process) at a moment drawn between
-its start and its end, every second one once more after it was resumed, and then resumed to its end. A last run is killed
-before every single operation by which its driver changes a file to finish a round. All final global states, and all
-that the sites keep, must equal those of runs that nobody killed, and `fedsam verify` must find nothing wrong.
+its start and its end, every second one once more after it was resumed, and then resumed to its end. A last run is
+killed before every single operation by which its driver changes a file to finish a round. All final global states, and
+all that the sites keep, must equal those of runs that nobody killed; `fedsam verify` must find nothing wrong.
 """
 
 import argparse

@@ -216,7 +216,7 @@ def _is_gone(holder: Holder) -> bool:
         return False
     try:
         process = psutil.Process(holder.pid)
-        return process.status() == psutil.STATUS_ZOMBIE or process.create_time() != holder.started
+        return bool(process.status() == psutil.STATUS_ZOMBIE or process.create_time() != holder.started)
     except psutil.NoSuchProcess:
         return True
     except psutil.Error:

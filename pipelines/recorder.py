@@ -11,6 +11,7 @@ from typing import Any
 from cluster.tracking import RunTracker, now_ms
 from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.preprocess import PreprocessConfig
+from fedsam_core.errors import StoreError
 from fedsam_core.evaluation.overlays import dice_bars
 from fedsam_core.federation.rounds import Federation, RoundReport, Scores
 from fedsam_core.federation.state import GlobalState, pack_state
@@ -19,7 +20,7 @@ from fedsam_core.sam.adapters import load_shared_state, save_adapter
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.trained import describe
 from pipelines.checkpoints import CHECKPOINTS, LOST_LINES, checkpoint_file, note_of, prune, put_checkpoint
-from pipelines.commits import UNSENT, RunCommits, round_place
+from pipelines.commits import UNSENT, RunCommits, read_run_file, results_store, round_place
 from pipelines.config import Config
 from pipelines.resume import LeftOff
 from pipelines.run_folder import RECORD, SUMS, RunFolder, sum_file
@@ -336,11 +337,20 @@ class Recorder:
         )
 
 
-def finished_outcome(folder: Path, summary: bytes) -> Outcome:
-    """The outcome of a run that has ended, from its summary.json."""
-    told = json.loads(summary)
-    kept = {one.name: told[one.name] for one in fields(Outcome)}
-    return Outcome(**{**kept, "folder": folder, "curve": tuple((number, dice) for number, dice in told["curve"])})
+def ended_outcome(config: Config, run: str) -> Outcome:
+    """The outcome of a run that has come to its end, as its summary.json has it.
+
+    Raises:
+        StoreError: that is not there, or not readable.
+    """
+    summary = read_run_file(results_store(config), run, "summary.json")
+    try:
+        told = json.loads(summary or b"")
+        kept = {one.name: told[one.name] for one in fields(Outcome)}
+        curve = tuple((number, dice) for number, dice in told["curve"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"run {run} has ended, but its summary.json is missing or damaged: remove the run") from error
+    return Outcome(**{**kept, "folder": config.work_dir / "runs" / run, "curve": curve})
 
 
 def summary_of(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:

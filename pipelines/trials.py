@@ -15,8 +15,9 @@ from fedsam_core.sam.backbones import manifest_for
 from pipelines.baselines import centralized, local, zero_shot
 from pipelines.federate import check_sites, code_hash, ray_engine, run_federation, site_factory
 from pipelines.parts import parts_of
-from pipelines.recorder import Event, Outcome
+from pipelines.recorder import Event, Outcome, ended_outcome
 from pipelines.results import TrialResult
+from pipelines.resume import FinishedRun
 from pipelines.study import Trial
 
 # What the process of a trial books: sums and scores of others' work take a moment between rounds.
@@ -93,7 +94,13 @@ def run_trial(task: Task, tell: Tell, kept: dict[str, Any]) -> TrialResult:
             return in_process(specs, site_factory(config))
         return ray_engine(config, kept.setdefault(_POOL, SitePool()), specs)
 
-    outcome = run_federation(config, cohort, open_engine, look_on, task.parent, task.tags)
+    # Named by what decides it: a trial that was lost with its study goes on from its last round.
+    run = f"{config.name}-{task.id}"
+    try:
+        named = config.model_copy(update={"run": run})
+        outcome = run_federation(named, cohort, open_engine, look_on, task.parent, task.tags)
+    except FinishedRun:  # the study was lost before it could note the result
+        outcome = ended_outcome(config, run)
     return _federated(task, outcome)
 
 
