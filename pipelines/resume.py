@@ -288,7 +288,7 @@ def _continues(store: Store, folder: RunFolder, last: int) -> bool:
 
 def _changes(begun: Begun, now: Begun) -> list[str]:
     """What decides the result and is not as it was, in words."""
-    then, given = flatten(_compared(begun.config)), flatten(_compared(now.config))
+    then, given = flatten(compared(begun.config)), flatten(compared(now.config))
     keys = sorted(key for key in then.keys() | given.keys() if then.get(key) != given.get(key))
     found = [f"{key} was {then.get(key)}, now {given.get(key)}" for key in keys[:_NAMED]]
     for what, before, after in (
@@ -307,7 +307,8 @@ def _changes(begun: Begun, now: Begun) -> list[str]:
     return found
 
 
-def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+def compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration must stay as it is; the cohort is known by its hash, wherever it lies."""
     return {key: value for key, value in config.items() if key not in (*ELSEWHERE, *_COMPARED_BY_HASH)}
 
 

@@ -11,13 +11,14 @@ from cluster.trials import Tell
 from fedsam_core.federation.engine import Engine, in_process
 from fedsam_core.federation.preparation import PreparedSites
 from fedsam_core.federation.site import SiteSpec
+from fedsam_core.hashing import stable_hash
 from fedsam_core.sam.backbones import manifest_for
 from pipelines.baselines import centralized, local, zero_shot
 from pipelines.federate import check_sites, code_hash, ray_engine, run_federation, site_factory
 from pipelines.parts import parts_of
 from pipelines.recorder import Event, Outcome, ended_outcome
 from pipelines.results import TrialResult
-from pipelines.resume import FinishedRun
+from pipelines.resume import FinishedRun, compared
 from pipelines.study import Trial
 
 # What the process of a trial books: sums and scores of others' work take a moment between rounds.
@@ -94,8 +95,8 @@ def run_trial(task: Task, tell: Tell, kept: dict[str, Any]) -> TrialResult:
             return in_process(specs, site_factory(config))
         return ray_engine(config, kept.setdefault(_POOL, SitePool()), specs)
 
-    # Named by what decides it: a trial that was lost with its study goes on from its last round.
-    run = f"{config.name}-{task.id}"
+    # Named by what it is: a trial that was lost with its study goes on from its last round.
+    run = f"{task.study}-{task.id}-{stable_hash(compared(config.model_dump(mode='json')))[:6]}"
     try:
         named = config.model_copy(update={"run": run})
         outcome = run_federation(named, cohort, open_engine, look_on, task.parent, task.tags)
