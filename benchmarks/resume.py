@@ -5,22 +5,26 @@
 Runs of three synthetic sites in one process. Each is killed (SIGKILL to the whole process) at a moment drawn between
 its start and its end, every second one once more after it was resumed, and then resumed to its end. A last run is
 killed before every single operation by which its driver changes a file to finish a round. All final global states, and
-all that the sites keep, must equal those of runs that nobody killed; `fedsam verify` must find nothing wrong.
+all that the sites keep, must equal those of runs that nobody killed; `fedsam verify` must find nothing wrong. Last, a
+run on a local Ray cluster, whose driver actor is killed, whose entry point is killed, that is stopped, and interrupted.
 """
 
 import argparse
+import os
 import random
+import re
+import signal
 import sys
 import time
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support.zygote import KILLED, Zygote
-
-from fedsam_core.federation.state import read_note
+from support.runs import Runs
+from support.zygote import KILLED
 
 SETTINGS = {
     "SCAFFOLD, local norms, 8 bits up and down": [
@@ -45,52 +49,7 @@ SETTINGS = {
 }
 
 
-class Runs:
-    """Runs in one working folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.zygote = Zygote(folder / "logs")
-
-    def settings(self, run: str, rounds: int, more: list[str]) -> list[str]:
-        return [
-            "name=small",
-            f"run={run}",
-            f"work_dir={self.folder}",
-            "cohort.name=small",
-            "cohort.source=phantom",
-            "cohort.phantom.cases_per_site=4",
-            "cohort.phantom.test_per_site=1",
-            "cohort.phantom.shape=[10, 32, 32]",
-            "model.backbone=vit_t",
-            "model.image_size=32",
-            "engine.kind=in-process",
-            f"federation.rounds={rounds}",
-            f"federation.site_dir={self.folder / 'sites'}",
-            "learning.local_steps=2",
-            *more,
-        ]
-
-    def command(self, run: str, more: list[str]) -> tuple[str, list[str]]:
-        """What goes on with a run, or begins it where it was killed before that."""
-        if (self.folder / "runs" / run / "run.json").is_file():
-            return "resume", [run, f"work_dir={self.folder}"]
-        return "federate", self.settings(run, 4, more)
-
-    def result(self, run: str) -> str:
-        """Hash of the last global state and of all that the sites keep for themselves."""
-        found = sha256(
-            read_note((self.folder / "runs" / run / "state.safetensors").read_bytes())["state_hash"].encode()
-        )
-        for path in sorted((self.folder / "sites" / run).rglob("*.safetensors")):
-            found.update(path.relative_to(self.folder / "sites" / run).as_posix().encode() + path.read_bytes())
-        return found.hexdigest()
-
-    def goes_well(self, module: str, arguments: list[str]) -> str:
-        """A command that must end well; its output."""
-        status, said = self.zygote.run(module, arguments)
-        assert status == 0, said
-        return said
+ROUNDS = 4
 
 
 def main() -> None:
@@ -99,10 +58,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="fedsam-resume-") as folder:
-        runs = Runs(Path(folder))
+        runs = Runs(Path(folder), "learning.local_steps=2", f"federation.rounds={ROUNDS}")
         try:
             wrong = random_moments(runs, options.kills, random.Random(options.seed))
             wrong += every_operation(runs)
+            wrong += on_ray(runs)
         finally:
             runs.zygote.close()
     sys.exit(1 if wrong else 0)
@@ -112,9 +72,9 @@ def random_moments(runs: Runs, kills: int, rng: random.Random) -> int:
     """How many of the killed runs did not come to the same end."""
     expected, seconds = {}, {}
     for number, (name, more) in enumerate(SETTINGS.items()):
-        runs.goes_well("federate", runs.settings(f"whole-{number}", 4, more))
+        runs.goes_well("federate", *runs.settings(f"whole-{number}", *more))
         began = time.monotonic()
-        runs.goes_well("federate", runs.settings(f"again-{number}", 4, more))
+        runs.goes_well("federate", *runs.settings(f"again-{number}", *more))
         seconds[name] = time.monotonic() - began
         expected[name] = runs.result(f"whole-{number}")
         assert runs.result(f"again-{number}") == expected[name]
@@ -125,40 +85,82 @@ def random_moments(runs: Runs, kills: int, rng: random.Random) -> int:
         run, killed = f"killed-{number}", list[str]()
         for _ in range(1 + number % 2):
             moment = rng.uniform(0, seconds[name])
-            child = runs.zygote.start(*runs.command(run, SETTINGS[name]))
+            child = runs.zygote.start(*runs.command(run, *SETTINGS[name]))
             time.sleep(moment)
-            child.signal(9)
+            child.signal(signal.SIGKILL)
             status, said = child.wait()
             last = [line.split(":")[0] for line in said.splitlines() if line.startswith("round ")][-1:]
             where = last[0] if last else "before round 1"
             killed.append(f"{moment:.1f} s ({where})" if status == KILLED else "no time, it had ended")
-        status, said = runs.zygote.run(*runs.command(run, SETTINGS[name]))
+        module, arguments = runs.command(run, *SETTINGS[name])
+        status, said = runs.tries(module, *arguments)
         assert status == 0 or "has come to its end" in said, said
-        runs.goes_well("verify", [str(runs.folder / "runs" / run)])
         same = runs.result(run) == expected[name]
+        runs.goes_well("verify", str(runs.path(run)))
         equal += same
-        print(f"{run}: {name}; killed at {', '.join(killed)}: {'equal' if same else 'OTHER'}", flush=True)
+        print(f"{run}: {name}; killed at {', '.join(killed)}: {_said(same)}", flush=True)
     print(f"{equal} of {kills} equal", flush=True)
     return kills - equal
 
 
 def every_operation(runs: Runs) -> int:
-    """A run that is killed before each file operation of a round's end, one after the other."""
+    """A run that is killed before each file operation of a round's end, one after the other: 1 if it came to another
+    end, else 0."""
     more = next(iter(SETTINGS.values()))
-    status, said = runs.zygote.run("federate", runs.settings("counted", 2, more), count=True)
+    status, said = runs.zygote.run("federate", runs.settings("counted", *more), count=True)
     assert status == 0, said
     operations = int(next(line for line in said.splitlines() if line.startswith("operations:")).split()[1])
-    runs.goes_well("federate", runs.settings("whole", operations + 2, more))
-    arguments = runs.settings("killed", operations + 2, more)
+    more = [*more, f"federation.rounds={operations + 2}"]
+    runs.goes_well("federate", *runs.settings("whole", *more))
     for at in range(1, operations + 1):
-        status, said = runs.zygote.run("federate", arguments, die_at=at)
+        status, said = runs.zygote.run("federate", runs.settings("killed", *more), die_at=at)
         assert status == KILLED, said
-    runs.goes_well("federate", arguments)
-    runs.goes_well("verify", [str(runs.folder / "runs" / "killed")])
+    runs.goes_well("federate", *runs.settings("killed", *more))
+    runs.goes_well("verify", str(runs.path("killed")))
     same = runs.result("killed") == runs.result("whole")
-    how = "equal" if same else "OTHER"
-    print(f"killed before each of {operations} file operations of a checkpoint: {how}", flush=True)
+    print(f"killed before each of {operations} file operations of a checkpoint: {_said(same)}", flush=True)
     return int(not same)
+
+
+def on_ray(runs: Runs) -> int:
+    """A run on a local Ray cluster whose driver actor, then whose entry point is killed, which is then stopped and
+    interrupted, each in another round: 1 if it came to another end, or left a process behind, else 0."""
+    more = [*next(iter(SETTINGS.values())), "federation.rounds=6", "engine.site.cpus=0.2"]
+    runs.goes_well("federate", *runs.settings("whole-ray", *more))
+    left = set[int]()
+    for number, how in enumerate(("driver actor", "entry point", "stop", "Ctrl-C"), start=1):
+        child = runs.zygote.start("federate", runs.settings("on-ray", *more, "engine.kind=ray"))
+        child.wait_for(f"round {number}:", 300)
+        inside = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
+        began = time.monotonic()
+        if how == "driver actor":
+            found = re.search(r"driver: process (\d+)", child.log.read_text())
+            assert found
+            os.kill(int(found[1]), signal.SIGKILL)
+        elif how == "stop":
+            runs.goes_well("stop", "on-ray", f"work_dir={runs.folder}")
+        else:
+            child.signal(signal.SIGKILL if how == "entry point" else signal.SIGINT)
+        status, said = child.wait()
+        while alive := {pid for pid in inside if psutil.pid_exists(pid)}:
+            if time.monotonic() - began > 60:
+                break
+            time.sleep(0.1)
+        left |= alive
+        seconds = time.monotonic() - began
+        print(
+            f"{how}: status {status}, {len(inside)} processes gone after {seconds:.1f} s, {len(alive)} left", flush=True
+        )
+        print("    " + said.strip().splitlines()[-1], flush=True)
+    runs.goes_well("federate", *runs.settings("on-ray", *more, "engine.kind=ray"))
+    runs.goes_well("verify", str(runs.path("on-ray")))
+    same = runs.result("on-ray") == runs.result("whole-ray")
+    print(f"on Ray, resumed four times: {_said(same)}", flush=True)
+    return int(not same or bool(left))
+
+
+def _said(same: bool) -> str:
+    return "equal" if same else "OTHER"
 
 
 if __name__ == "__main__":

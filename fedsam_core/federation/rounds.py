@@ -19,6 +19,7 @@ from fedsam_core.federation.checkpoint import Checkpoint
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.lanes import Precision, Round, layout_of
 from fedsam_core.federation.ledger import Ledger
+from fedsam_core.federation.memory import KEPT
 from fedsam_core.federation.server import Course, LoraReport, Server, Step
 from fedsam_core.federation.site import SiteSpec
 from fedsam_core.federation.state import GlobalState, pack_global
@@ -326,7 +327,7 @@ class Federation:
         known = self._ask_all("answered", {"state_hash": self.server.state.hash})
         for site, told in sorted(known.items()):
             self._bound |= told["opened"]
-            if told["kept"] and min(told["kept"]) > self.done:
+            if self.done and len(told["kept"] or ()) >= KEPT and min(told["kept"]) > self.done:
                 raise RoundError(
                     f"site {site} keeps what it had after rounds {', '.join(map(str, told['kept']))}, the run would go "
                     f"on from round {self.done}: resume it where the later rounds are, or begin a new run"

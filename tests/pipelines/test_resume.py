@@ -3,86 +3,33 @@
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from mlflow.tracking import MlflowClient
-from support.zygote import KILLED, Zygote
+from support.runs import Runs
+from support.zygote import KILLED
 
-from fedsam_core.federation.state import read_note
+from fedsam_core.store import LocalStore
+from pipelines.commits import fetch_run
 
 ROUNDS = 8
-
-
-class Runs:
-    """Tiny runs in one working folder: SCAFFOLD, local layers, a narrow ring, a coded broadcast."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.zygote = Zygote(folder / "logs")
-
-    def settings(self, run: str, *more: str) -> list[str]:
-        return [
-            "name=small",
-            f"run={run}",
-            f"work_dir={self.folder}",
-            "cohort.name=small",
-            "cohort.source=phantom",
-            "cohort.phantom.cases_per_site=3",
-            "cohort.phantom.test_per_site=1",
-            "cohort.phantom.shape=[8, 32, 32]",
-            "model.backbone=vit_t",
-            "model.image_size=32",
-            "selection={name: own, lora: {encoder: [q], rank: 1}, local: [encoder.norms]}",
-            "engine.kind=in-process",
-            "federation.scaffold=true",
-            "federation.bits=8",
-            "federation.broadcast_bits=8",
-            f"federation.rounds={ROUNDS}",
-            "federation.validate_every=0",
-            f"federation.site_dir={self.folder / 'sites'}",
-            "learning.local_steps=1",
-            "learning.batch_size=2",
-            *more,
-        ]
-
-    def path(self, run: str) -> Path:
-        return self.folder / "runs" / run
-
-    def result(self, run: str) -> dict[str, Any]:
-        """Hash of the last global state, and all that the sites keep for themselves."""
-        sites = self.folder / "sites" / run
-        kept = {str(path.relative_to(sites)): path.read_bytes() for path in sites.rglob("*.safetensors")}
-        return {"state": read_note((self.path(run) / "state.safetensors").read_bytes())["state_hash"], **kept}
-
-    def goes_well(self, module: str, *arguments: str) -> str:
-        status, said = self.zygote.run(module, arguments)
-        assert status == 0, said
-        return said
-
-    def is_refused(self, module: str, *arguments: str) -> str:
-        status, said = self.zygote.run(module, arguments)
-        assert status == 2, said
-        return " ".join(said.split())
-
-    def resumed(self, run: str) -> str:
-        return self.goes_well("resume", run, f"work_dir={self.folder}")
-
-    def in_mlflow(self, run: str) -> Any:
-        client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
-        experiment = client.get_experiment_by_name("fedsam")
-        assert experiment is not None
-        (found,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{run}'")
-        return found
+COMMON = (
+    "selection={name: own, lora: {encoder: [q], rank: 1}, local: [encoder.norms]}",
+    "federation.scaffold=true",
+    "federation.bits=8",
+    "federation.broadcast_bits=8",
+    f"federation.rounds={ROUNDS}",
+)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    found = Runs(tmp_path_factory.mktemp("runs"))
+    found = Runs(tmp_path_factory.mktemp("runs"), *COMMON)
     yield found
     found.zygote.close()
 
@@ -172,3 +119,46 @@ def test_a_damaged_checkpoint_and_what_is_refused(runs: Runs, whole: dict[str, A
     assert runs.result("damaged") == whole
     said = runs.is_refused("resume", "damaged", f"work_dir={runs.folder}")
     assert "run damaged has come to its end" in said
+
+
+def test_another_machine_goes_on_from_the_results_store(runs: Runs, whole: dict[str, Any]) -> None:
+    """The driver's disk is gone, and then an object of the last round is damaged."""
+    where = f"storage.results={runs.folder / 'results'}"
+    child = runs.zygote.start("federate", runs.settings("elsewhere", where))
+    child.wait_for("round 3:")
+    child.signal(signal.SIGKILL)
+    child.wait()
+    shutil.rmtree(runs.path("elsewhere"))
+    committed = sorted((runs.folder / "results" / "runs" / "elsewhere" / "rounds").glob("*/commit.json"))
+    last = committed[-1].parent
+    (checkpoint,) = last.glob("*/checkpoints/*.safetensors")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1] + b"\0")
+    said = " ".join(runs.goes_well("resume", "elsewhere", f"work_dir={runs.folder}", where).split())
+    assert f"round {int(last.name)} is given up: " in said
+    assert f"it goes on after round {int(last.name) - 1}" in said
+    assert runs.result("elsewhere") == whole
+    assert fetch_run(LocalStore(runs.folder / "results"), "elsewhere", runs.folder / "back") == ROUNDS
+    for folder in (runs.folder / "back", runs.path("elsewhere")):
+        runs.goes_well("verify", str(folder))
+    assert "has come to its end" in runs.is_refused("resume", "elsewhere", f"work_dir={runs.folder}", where)
+
+
+def test_two_drivers_one_that_was_asleep(runs: Runs, whole: dict[str, Any]) -> None:
+    """It wakes up when the other has the run, and ends without a word to anyone."""
+    asleep = runs.zygote.start("federate", runs.settings("asleep"))
+    asleep.wait_for("round 1:")
+    asleep.signal(signal.SIGSTOP)
+    try:
+        other = runs.zygote.start("federate", runs.settings("asleep"))
+        other.wait_for("goes on after round ")
+        asleep.signal(signal.SIGCONT)
+        status, said = asleep.wait()
+        assert status == 2
+        assert "run asleep was taken over by another driver: process " in " ".join(said.split())
+        status, said = other.wait()
+        assert status == 0, said
+    finally:
+        asleep.signal(signal.SIGCONT) if psutil.pid_exists(asleep.pid) else None
+    assert runs.result("asleep") == whole
+    assert runs.in_mlflow("asleep").info.status == "FINISHED"
+    runs.goes_well("verify", str(runs.path("asleep")))
