@@ -28,19 +28,19 @@ from support.zygote import KILLED
 
 SETTINGS = {
     "SCAFFOLD, local norms, 8 bits up and down": [
-        "selection={name: own, lora: {encoder: [q, v], rank: 2}, train: [head], local: [encoder.norms]}",
+        "selection={name: own, lora: {encoder: [q, v], rank: 2}, local: [encoder.norms]}",
         "federation.scaffold=true",
         "federation.bits=8",
         "federation.broadcast_bits=8",
     ],
     "kept optimiser, local norms, FedAdam, 12 bits down": [
-        "selection={name: own, lora: {encoder: [q, v], rank: 2}, train: [head], local: [encoder.norms]}",
+        "selection={name: own, lora: {encoder: [q, v], rank: 2}, local: [encoder.norms]}",
         "learning.keep_optimizer=true",
         "federation.strategy.kind=fedadam",
         "federation.broadcast_bits=12",
     ],
     "product-sketch, 16 bits up, 8 down": [
-        "selection=flap",
+        "selection=lora",
         "rank=2",
         "federation.rule=product-sketch",
         "federation.bits=16",

@@ -75,8 +75,6 @@ def test_a_killed_driver_on_this_machine_is_seen_at_once(store: Store) -> None:
         "import sys, pickle, time; from cluster.lease import Lease; "
         "Lease.take(pickle.loads(bytes.fromhex(sys.argv[1])), 'r'); print('taken', flush=True); time.sleep(600)"
     )
-    import pickle
-
     holder = subprocess.Popen(
         [sys.executable, "-c", code, pickle.dumps(store).hex()], stdout=subprocess.PIPE, text=True
     )
