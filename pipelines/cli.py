@@ -14,6 +14,7 @@ COMMANDS = {
     "federate": "train adapter layers across sites; only the masked sum is opened",
     "resume": "go on with a run that was stopped or whose driver was lost, from its last finished round",
     "stop": "end a run within seconds, wherever it runs; it can be resumed",
+    "runs": "which federations there are: running, stopped, finished; how far, and how good",
     "centralize": "train on the pooled slices of all sites, to compare with; only where pooling is allowed",
     "baselines": "each site alone (local), or the backbone as it is (zero-shot), to compare with",
     "evaluate": "segment and score a cohort with a trained adapter",

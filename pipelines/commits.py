@@ -146,7 +146,7 @@ class RunCommits:
             lacking = ", ".join(commit.place for commit in self._due)
             raise StoreError(
                 f"{self.url} lacks {lacking} ({error}). All is in {self._folder}: once the store can be used again, "
-                f"copy what is in {self._unsent.url} to {self.url}"
+                f"`fedsam resume {self._run}` sends it, or copy what is in {self._unsent.url} to {self.url}"
             ) from error
 
     def _stage(self, place: str, names: Iterable[str], record: Sequence[bytes]) -> None:

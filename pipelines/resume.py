@@ -49,7 +49,7 @@ from pipelines.commits import (
     round_place,
     waiting_rounds,
 )
-from pipelines.config import Config, config_tree, flatten, inline
+from pipelines.config import Config, config_tree, explain, flatten, inline
 from pipelines.run_folder import RECORD, RunFolder
 from pipelines.stage import guarded
 
@@ -122,16 +122,12 @@ def config_of_run(run: str, overrides: Sequence[str]) -> Config:
         ConfigError: an override that is not about places, or no such run.
         StoreError: the results store cannot be read.
     """
-    given = config_tree(None, list(overrides))
-    if odd := sorted(set(given) - set(ELSEWHERE)):
-        raise ConfigError(
-            f"a run goes on with its own configuration, and {odd[0]} cannot be changed: only {', '.join(ELSEWHERE)} can"
-        )
+    given = _given(overrides)
     if "/" in run or Path(run).is_dir():
         folder = Path(run).expanduser().absolute()
         given.setdefault("work_dir", str(folder.parent.parent))
         run = folder.name
-    places = Config.model_validate({"cohort": {"name": "any", "source": "phantom"}, **given})
+    places = _places(given)
     begun = read_begun(LocalStore(places.work_dir), run)
     if begun is None and places.storage.results is not None:
         begun = read_begun(results_store(places), run)
@@ -146,6 +142,27 @@ def config_of_run(run: str, overrides: Sequence[str]) -> Config:
         if isinstance(given.get(key), dict):
             config[key] = _merged(config.get(key) or {}, given[key])
     return Config.model_validate(config)
+
+
+def places_of(overrides: Sequence[str]) -> Config:
+    """A configuration of which only the places count. Raises ConfigError."""
+    return _places(_given(overrides))
+
+
+def _given(overrides: Sequence[str]) -> dict[str, Any]:
+    given = config_tree(None, list(overrides))
+    if odd := sorted(set(given) - set(ELSEWHERE)):
+        raise ConfigError(
+            f"a run goes on with its own configuration, and {odd[0]} cannot be changed: only {', '.join(ELSEWHERE)} can"
+        )
+    return given
+
+
+def _places(given: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate({"cohort": {"name": "any", "source": "phantom"}, **given})
+    except ValidationError as error:
+        raise ConfigError("; ".join(explain(one, None) for one in error.errors())) from error
 
 
 def read_begun(store: Store, run: str) -> Begun | None:

@@ -57,7 +57,7 @@ def stop(config: Config) -> None:
 
 
 def last_round(config: Config) -> int:
-    """The last round of a run that is finished; -1 before there is a checkpoint."""
+    """The last finished round of the run that the configuration names; -1 before there is a checkpoint."""
     run = str(config.run)
     here = finished_rounds(RunFolder(config.work_dir / "runs" / run))
     there = -1 if config.storage.results is None else last_committed(results_store(config), run)
