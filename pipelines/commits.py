@@ -19,7 +19,7 @@ from secrets import token_hex
 
 from pydantic import Field, ValidationError
 
-from cluster.store import open_store
+from cluster.store import PATIENCE_SECONDS, open_store
 from fedsam_core.errors import RoundError, StoreError
 from fedsam_core.hashing import file_sha256
 from fedsam_core.settings import Settings
@@ -55,9 +55,9 @@ class Commit(Settings):
         return f"{self.place}/{self.driver}/{name}"
 
 
-def results_store(config: Config) -> Store:
-    """Where runs and studies are kept."""
-    return open_store(config.storage.results or str(config.work_dir), config.storage.s3_endpoint)
+def results_store(config: Config, patience: float = PATIENCE_SECONDS) -> Store:
+    """Where runs and studies are kept; `patience` as `open_store` has it."""
+    return open_store(config.storage.results or str(config.work_dir), config.storage.s3_endpoint, patience)
 
 
 def check_results(store: Store) -> None:

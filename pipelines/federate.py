@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -43,6 +44,8 @@ from pipelines.recorder import Emit, Event, Outcome, Recorder, dice_rows
 from pipelines.resume import begin, left_off
 from pipelines.run_folder import RunFolder
 from pipelines.stage import Stage
+
+_LEASE_PATIENCE_SECONDS = 5.0  # a store that is away for longer is asked again with the next beat
 
 OpenEngine = Callable[[list[SiteSpec]], Engine]
 
@@ -113,9 +116,8 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
     # The driver is told names and hashes; which cases there are, and how many slices, stays with the sites.
     cohort = cohort.without_problems()
     if config.engine.kind == "in-process":
-        return run_federation(
-            config, cohort, lambda specs: in_process(specs, site_factory(config)), _interrupting(emit)
-        )
+        here = partial(in_process, factory=site_factory(config))
+        return run_federation(config, cohort, here, _interrupting(emit))
     preflight(cohort.sites, cluster_nodes(), config.engine.site)
     tracked: list[str] = []
     held: dict[str, int] = {}
@@ -141,13 +143,15 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome:
 
 
 def _interrupting(emit: Emit) -> Emit:
-    """For a run in this process: what halts it is noticed at once, wherever it is."""
+    """For a run in this process: what halts it interrupts it, wherever it is. In another thread than the main one it is
+    noticed before sites are asked for anything."""
+    whole = threading.current_thread() is threading.main_thread()
 
     def look_on(event: Event) -> None:
-        if event.halt is not None:
-            interrupt_main()
-        else:
+        if event.halt is None:
             emit(event)
+        elif whole:
+            interrupt_main()
 
     return look_on
 
@@ -239,7 +243,7 @@ def run_federation(
 @contextmanager
 def _leased(config: Config, run: str, emit: Emit) -> Iterator[Lease]:
     """This process drives the run, and no other."""
-    lease = Lease.take(results_store(config), run)
+    lease = Lease.take(results_store(config, _LEASE_PATIENCE_SECONDS), run)
     try:
         emit(Event(f"driver: process {os.getpid()} on {socket.gethostname()}", run=run, lease=lease.number))
         lease.renew(lambda why: emit(Event(str(why), halt=why)))

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from cluster.lease import Stopped
 from cluster.placement import Node, plan
 from cluster.site import SitePool
 from cluster.trials import Tell
+from fedsam_core.errors import TrialError
 from fedsam_core.federation.engine import Engine, in_process
 from fedsam_core.federation.preparation import PreparedSites
 from fedsam_core.federation.site import SiteSpec
@@ -100,6 +102,8 @@ def run_trial(task: Task, tell: Tell, kept: dict[str, Any]) -> TrialResult:
     try:
         named = config.model_copy(update={"run": run})
         outcome = run_federation(named, cohort, open_engine, look_on, task.parent, task.tags)
+    except Stopped as why:  # by `fedsam stop`: this trial alone, which goes on when the study is called again
+        raise TrialError(str(why)) from None
     except FinishedRun:  # the study was lost before it could note the result
         outcome = ended_outcome(config, run)
     return _federated(task, outcome)
