@@ -7,8 +7,8 @@ when the one before is committed, and one that resumes goes back behind that rou
 round that is saved ends all later ones: they follow from a course that the run has left.
 
     FOLDER/round-000004.safetensors    mode 0600 in a folder of mode 0700; arrays by name, any dtype that numpy and
-                                       safetensors share; in the header `layout_hash`, and `sha256` over names, dtypes,
-                                       shapes and values
+                                       safetensors share; in the header `layout_hash`, and `sha256` over it and names,
+                                       dtypes, shapes and values
 
 The values derive from the site's patients, as the keys do not: the folder is no place to share.
 """

@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 def seal(arrays: Mapping[str, Array], layout_hash: str) -> bytes:
     """Arrays by name, any dtype that numpy and safetensors share, for the manifest with that layout hash."""
     ordered = {name: np.array(value, order="C") for name, value in arrays.items()}
-    about = json.dumps({"layout_hash": layout_hash, "sha256": _digest(ordered)}, sort_keys=True)
+    about = json.dumps({"layout_hash": layout_hash, "sha256": _digest(ordered, layout_hash)}, sort_keys=True)
     return save(ordered, metadata={"fedsam": about})
 
 
@@ -34,14 +34,14 @@ def unseal(data: bytes) -> tuple[dict[str, Array], str]:
         layout, digest = str(about["layout_hash"]), about["sha256"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"unreadable ({' '.join(str(error).split())[:200]})") from error
-    if digest != _digest(arrays):
+    if digest != _digest(arrays, layout):
         raise CheckpointError("damaged, its values are not those that were written")
     return arrays, layout
 
 
-def _digest(arrays: Mapping[str, Array]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and values, in the names' order."""
-    digest = hashlib.sha256()
+def _digest(arrays: Mapping[str, Array], layout_hash: str) -> str:
+    """SHA-256 (hex) over the layout hash, and names, dtypes, shapes and values in the names' order."""
+    digest = hashlib.sha256(json.dumps(layout_hash).encode())
     for name in sorted(arrays):
         value = arrays[name]
         digest.update(json.dumps([name, value.dtype.str, list(value.shape)]).encode())

@@ -1,5 +1,6 @@
 """A driver that is lost at any call it makes: another goes on from the last checkpoint to the same bits."""
 
+import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -19,12 +20,10 @@ from fedsam_core.federation.verify import Check, Stored, verify
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.secagg.keyfiles import create_identity, read_roster
 from fedsam_core.secagg.keys import Roster
-from fedsam_core.secagg.record import Chain, read_chain
+from fedsam_core.secagg.record import GENESIS, read_chain
 from fedsam_core.selection import LayerSelection, LoraTargets, preset
 
-LOCAL = LayerSelection(
-    name="own", lora=LoraTargets(encoder=("q", "v"), rank=2), train=("head",), local=("encoder.norms",)
-)
+LOCAL = LayerSelection(name="own", lora=LoraTargets(encoder=("q", "v"), rank=2), local=("encoder.norms",))
 KEEPS = LearningConfig(local_steps=2, batch_size=4, precision="fp32", keep_optimizer=True)
 SETTINGS: dict[str, dict[str, Any]] = {
     "scaffold, local layers, narrow ring, coded broadcast": {
@@ -32,7 +31,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "kept optimiser, server's moments": {"learning": KEEPS, "strategy": {"kind": "fedadam"}, "broadcast_bits": 16},
     "product in two sums": {"rule": "product-sketch", "bits": 16, "broadcast_bits": 8},
-    "b and a in turn": {"rule": "rolora", "strategy": {"kind": "fedavgm"}},
     "privacy": {"privacy": {"clip": 1.0, "noise_multiplier": 1.0}, "bits": 24, "weights": "equal"},
 }  # fmt: skip
 
@@ -78,7 +76,6 @@ class Course:
             federation.open(state, saved, self.lines[: saved.facts["record"]["lines"]])
         else:
             federation.open(state)
-            federation.score("test", 0)
             self._put_aside(federation)
 
         def on_round(report: Any, state: Any) -> None:
@@ -86,7 +83,6 @@ class Course:
             self._put_aside(federation)
 
         run_rounds(federation, on_round)
-        federation.score("test", federation.done)
         self.lines = list(federation.record.lines)
         return federation
 
@@ -117,7 +113,7 @@ def course(prepared: PreparedCohort, settings: dict[str, Any], **more: Any) -> C
     settings = {**settings, **more}
     learning, selection = settings.pop("learning", None), settings.pop("selection", None)
     settings = {"rounds": 3, "share_pictures": False, **settings}
-    specs = small_specs(prepared, selection or preset("flap", 2), **settings)
+    specs = small_specs(prepared, selection or preset("lora", 2), **settings)
     return Course([spec.model_copy(update={"learning": learning} if learning else {}) for spec in specs])
 
 
@@ -221,7 +217,7 @@ def test_what_a_resumption_may_not_claim(prepared: PreparedCohort) -> None:
     """Entries that say of a run what did not happen, in a chain that is whole."""
     run = course(prepared, {"bits": 16})
     with pytest.raises(Lost):
-        run.drive(40)
+        run.drive(20)
     run.drive()
     assert "failed" not in {check.status for check in run.verify(None)}
     entries, _ = read_chain(run.lines)
@@ -233,10 +229,10 @@ def test_what_a_resumption_may_not_claim(prepared: PreparedCohort) -> None:
         ({"attempts": 10**12}, "attempts"),
         ({"attempts": "many"}, "attempts"),
     ):
-        chain = Chain()
+        lines, head = list[bytes](), GENESIS
         for number, entry in enumerate(entries):
-            fields = {**entry, **(change if number == at else {})}
-            kind = fields.pop("kind")
-            chain.add(kind, **{key: value for key, value in fields.items() if key not in ("sequence", "previous")})
-        found = run.verify(None, chain.lines)
+            told = {**entry, **(change if number == at else {}), "previous": head}
+            lines.append(json.dumps(told, sort_keys=True, separators=(",", ":")).encode())
+            head = sha256(lines[-1]).hexdigest()
+        found = run.verify(None, lines)
         assert failing in {check.what for check in found if check.status == "failed"}
