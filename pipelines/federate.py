@@ -3,7 +3,6 @@
 import os
 import socket
 import threading
-from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
@@ -43,7 +42,7 @@ from pipelines.prepare import prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder, dice_rows
 from pipelines.resume import begin, left_off
 from pipelines.run_folder import RunFolder
-from pipelines.stage import Stage
+from pipelines.stage import Stage, interrupt
 
 _LEASE_PATIENCE_SECONDS = 5.0  # a store that is away for longer is asked again with the next beat
 
@@ -151,7 +150,7 @@ def _interrupting(emit: Emit) -> Emit:
         if event.halt is None:
             emit(event)
         elif whole:
-            interrupt_main()
+            interrupt()
 
     return look_on
 

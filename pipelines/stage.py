@@ -58,7 +58,8 @@ def guarded(work: Callable[[], None]) -> int:
 
     SIGTERM ends it as Ctrl-C does: what is open is closed, and a run can be resumed.
     """
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
         signal.signal(signal.SIGTERM, _terminated)
     try:
         work()
@@ -72,7 +73,17 @@ def guarded(work: Callable[[], None]) -> int:
     except KeyboardInterrupt as error:
         console.err.print(console.plain(str(error) or "interrupted"))
         return INTERRUPTED
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
+
+
+def interrupt() -> None:
+    """Ends what `guarded` runs, from another thread, wherever it is. Not by SIGINT where that can be helped: a shell's
+    background jobs ignore it."""
+    heeded = callable(signal.getsignal(signal.SIGTERM))
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM if heeded else signal.SIGINT)
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -43,7 +43,7 @@ def whole(runs: Runs) -> dict[str, Any]:
 
 def test_killed_between_the_file_operations_of_its_checkpoints(runs: Runs, whole: dict[str, Any]) -> None:
     """One run, killed again and again, each time a few operations later in the first round that it finishes."""
-    for at in range(1, 40, 4):
+    for at in range(1, 200, 6):
         status, said = runs.zygote.run("federate", runs.settings("killed"), die_at=at)
         if status != KILLED:
             break
@@ -65,8 +65,8 @@ def test_killed_between_the_file_operations_of_its_checkpoints(runs: Runs, whole
 
 def test_stopped_and_terminated_and_gone_on_with(runs: Runs, whole: dict[str, Any]) -> None:
     """`fedsam stop`, Ctrl-C and SIGTERM: closed as KILLED, nothing left of it, and it goes on."""
-    for how, after in (("stop", "round 1:"), (signal.SIGINT, "goes on"), (signal.SIGTERM, "round 3:")):
-        child = runs.zygote.start("federate", runs.settings("stopped"))
+    for how, after in (("stop", "round 1:"), (signal.SIGINT, "it goes on after round 1"), (signal.SIGTERM, "round 2:")):
+        child = runs.zygote.start("federate", runs.settings("stopped"), pause=5)
         child.wait_for(after)
         if how == "stop":
             said = runs.is_refused("federate", *runs.settings("stopped"))
@@ -89,7 +89,7 @@ def test_stopped_and_terminated_and_gone_on_with(runs: Runs, whole: dict[str, An
 
 
 def test_a_damaged_checkpoint_and_what_is_refused(runs: Runs, whole: dict[str, Any]) -> None:
-    child = runs.zygote.start("federate", runs.settings("damaged"))
+    child = runs.zygote.start("federate", runs.settings("damaged"), pause=1)
     child.wait_for("round 3:")
     child.signal(signal.SIGKILL)
     child.wait()
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_and_what_is_refused(runs: Runs, whole: dict[str, A
 def test_another_machine_goes_on_from_the_results_store(runs: Runs, whole: dict[str, Any]) -> None:
     """The driver's disk is gone, and then an object of the last round is damaged."""
     where = f"storage.results={runs.folder / 'results'}"
-    child = runs.zygote.start("federate", runs.settings("elsewhere", where))
+    child = runs.zygote.start("federate", runs.settings("elsewhere", where), pause=1)
     child.wait_for("round 3:")
     child.signal(signal.SIGKILL)
     child.wait()
@@ -145,11 +145,11 @@ def test_another_machine_goes_on_from_the_results_store(runs: Runs, whole: dict[
 
 def test_two_drivers_one_that_was_asleep(runs: Runs, whole: dict[str, Any]) -> None:
     """It wakes up when the other has the run, and ends without a word to anyone."""
-    asleep = runs.zygote.start("federate", runs.settings("asleep"))
+    asleep = runs.zygote.start("federate", runs.settings("asleep"), pause=1)
     asleep.wait_for("round 1:")
     asleep.signal(signal.SIGSTOP)
     try:
-        other = runs.zygote.start("federate", runs.settings("asleep"))
+        other = runs.zygote.start("federate", runs.settings("asleep"), pause=1)
         other.wait_for("goes on after round ")
         asleep.signal(signal.SIGCONT)
         status, said = asleep.wait()

@@ -36,13 +36,16 @@ class Zygote:
         self._count = 0
         assert self._read() == {"ready": True}
 
-    def start(self, module: str, arguments: Sequence[str], die_at: int = 0, count: bool = False) -> "Child":
+    def start(
+        self, module: str, arguments: Sequence[str], die_at: int = 0, count: bool = False, pause: float = 0.0
+    ) -> "Child":
         """Begins a command; it kills itself before file operation `die_at` of the first round that it finishes.
-        `count` has it say how many there are, in the last line of its output."""
+        `count` has it say how many there are, in the last line of its output. It rests for `pause` seconds before it
+        finishes a round."""
         self._count += 1
         log = self._folder / f"{self._count}.log"
         log.touch()
-        self._write(module=module, arguments=list(arguments), log=str(log), die_at=die_at, count=count)
+        self._write(module=module, arguments=list(arguments), log=str(log), die_at=die_at, count=count, pause=pause)
         return Child(self, self._read()["pid"], log)
 
     def run(self, module: str, arguments: Sequence[str], die_at: int = 0, count: bool = False) -> tuple[int, str]:
@@ -114,6 +117,8 @@ def _run(asked: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if asked["die_at"] or asked["count"]:
         _count_operations(asked["die_at"], asked["count"])
+    if asked["pause"]:
+        _rest(asked["pause"])
     from importlib import import_module
 
     module = import_module(f"pipelines.{asked['module']}")
@@ -130,6 +135,18 @@ def _run(asked: dict[str, Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _rest(seconds: float) -> None:
+    from pipelines.recorder import Recorder
+
+    original = Recorder.after_round
+
+    def after_round(self: Recorder, *arguments: Any) -> None:
+        time.sleep(seconds)
+        original(self, *arguments)
+
+    Recorder.after_round = after_round  # type: ignore[method-assign]
 
 
 def _count_operations(die_at: int, count: bool) -> None:
