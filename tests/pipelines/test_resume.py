@@ -16,6 +16,7 @@ from support.zygote import KILLED
 
 from fedsam_core.store import LocalStore
 from pipelines.commits import fetch_run
+from pipelines.resume import resume_command
 
 ROUNDS = 8
 COMMON = (
@@ -73,6 +74,9 @@ def test_stopped_and_terminated_and_gone_on_with(runs: Runs, whole: dict[str, An
             assert f"run stopped is driven by process {child.pid} on {os.uname().nodename}, since " in said
             assert "last renewed " in said
             assert "`fedsam stop stopped`; once it has given no sign for 15 s it may be taken over" in said
+            listed = runs.goes_well("runs", f"work_dir={runs.folder}")
+            assert re.search(r"stopped .* running .* of 8", listed), listed
+            assert re.search(r"whole .* finished .* 8 of 8", listed), listed
             assert "asked process" in runs.goes_well("stop", "stopped", f"work_dir={runs.folder}")
         else:
             child.signal(int(how))
@@ -110,6 +114,8 @@ def test_a_damaged_checkpoint_and_what_is_refused(runs: Runs, whole: dict[str, A
     assert "seed cannot be changed" in runs.is_refused("resume", str(runs.path("damaged")), "seed=4")
     assert "no run unheard-of in" in runs.is_refused("resume", "unheard-of", f"work_dir={runs.folder}")
 
+    job = resume_command("damaged", [f"work_dir={runs.folder}"])
+    assert job == ["python", "-m", "pipelines.resume", "damaged", f"work_dir={runs.folder}"]
     newest = sorted((runs.path("damaged") / "checkpoints").glob("*.safetensors"))[-1]
     newest.write_bytes(newest.read_bytes()[:-1] + b"\0")
     said = " ".join(runs.resumed("damaged").split())
