@@ -5,8 +5,9 @@
 Runs of three synthetic sites in one process. Each is killed (SIGKILL to the whole process) at a moment drawn between
 its start and its end, every second one once more after it was resumed, and then resumed to its end. A last run is
 killed before every single operation by which its driver changes a file to finish a round. All final global states, and
-all that the sites keep, must equal those of runs that nobody killed; `fedsam verify` must find nothing wrong. Last, a
-run on a local Ray cluster, whose driver actor is killed, whose entry point is killed, that is stopped, and interrupted.
+all that the sites keep, must equal those of runs that nobody killed; `fedsam verify` must find nothing wrong. Then a
+driver that is held until another has taken its run over, and a run on a local Ray cluster: its driver actor is killed,
+its entry point is killed, it is stopped, and interrupted.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def main() -> None:
         try:
             wrong = random_moments(runs, options.kills, random.Random(options.seed))
             wrong += every_operation(runs)
+            wrong += asleep(runs)
             wrong += on_ray(runs)
         finally:
             runs.zygote.close()
@@ -119,6 +121,29 @@ def every_operation(runs: Runs) -> int:
     runs.goes_well("verify", str(runs.path("killed")))
     same = runs.result("killed") == runs.result("whole")
     print(f"killed before each of {operations} file operations of a checkpoint: {_said(same)}", flush=True)
+    return int(not same)
+
+
+def asleep(runs: Runs) -> int:
+    """A run whose driver is held (SIGSTOP) until another has taken the run over: 1 if either ends otherwise than it
+    should, else 0."""
+    more = next(iter(SETTINGS.values()))
+    runs.goes_well("federate", *runs.settings("awake", *more))
+    first = runs.zygote.start("federate", runs.settings("asleep", *more), pause=1)
+    first.wait_for("round 1:")
+    first.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    second = runs.zygote.start("federate", runs.settings("asleep", *more), pause=1)
+    second.wait_for("goes on after round ")
+    taken = time.monotonic() - began
+    first.signal(signal.SIGCONT)
+    status, said = first.wait()
+    same = status == 2 and "was taken over by another driver" in " ".join(said.split())
+    status, said = second.wait()
+    same = same and status == 0 and runs.result("asleep") == runs.result("awake")
+    same = same and runs.in_mlflow("asleep").info.status == "FINISHED"
+    runs.goes_well("verify", str(runs.path("asleep")))
+    print(f"a driver that was asleep, taken over after {taken:.1f} s: {_said(same)}", flush=True)
     return int(not same)
 
 

@@ -22,7 +22,7 @@ _LONGEST_REASON = 600
 
 # What Ray says of a dead actor beside why it died: what the person knows already, and guesses at reasons.
 _NO_REASON = re.compile(
-    r"(class_name|actor_id|namespace|name): \S+ ?|There are some potential root causes\..*|The actor never ran.*"
+    r"(class_name|actor_id|namespace|name): \S+ ?|(There are some potential root|Some common) causes.*"
 )
 
 

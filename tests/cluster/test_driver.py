@@ -79,7 +79,7 @@ def test_errors_come_back_as_they_were_raised(ray_cluster):
     assert "\n" not in said
     assert f"pid: {seen[-1]['pid']}" in said  # whose log to look for, and Ray's own reason
     assert "Worker exit type: " in said
-    assert "potential root causes" not in said
+    assert "causes" not in said
     assert said.endswith("`fedsam resume RUN` goes on from the last finished round")
 
 

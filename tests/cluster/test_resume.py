@@ -58,7 +58,7 @@ def test_killed_and_stopped_on_a_cluster(
             time.sleep(0.2)
 
         runs.goes_well("federate", *runs.settings("whole"))
-        runs.resumed("r")
+        runs.goes_well("resume", "r", f"work_dir={tmp_path}", "engine.kind=in-process")  # begun on Ray
         assert runs.result("r") == runs.result("whole")
         assert runs.in_mlflow("r").info.status == "FINISHED"
         runs.goes_well("verify", str(runs.path("r")))
