@@ -2,8 +2,8 @@
 
     python benchmarks/resume.py [--kills 20] [--seed 0]
 
-Runs of three synthetic sites in one process. Each is killed (SIGKILL to the whole process) at a moment drawn between
-its start and its end, every second one once more after it was resumed, and then resumed to its end. A last run is
+Runs of three synthetic sites in one process. Each is killed (SIGKILL to the whole process) after a number of
+rounds and then a time that are drawn, every second one once more after it was resumed, and then resumed to its end. A last run is
 killed before every single operation by which its driver changes a file to finish a round. All final global states, and
 all that the sites keep, must equal those of runs that nobody killed; `fedsam verify` must find nothing wrong. Then a
 driver that is held until another has taken its run over, and a run on a local Ray cluster: its driver actor is killed,
@@ -86,14 +86,17 @@ def random_moments(runs: Runs, kills: int, rng: random.Random) -> int:
         name = list(SETTINGS)[number % len(SETTINGS)]
         run, killed = f"killed-{number}", list[str]()
         for _ in range(1 + number % 2):
-            moment = rng.uniform(0, seconds[name])
+            rounds, moment = rng.randint(0, ROUNDS), rng.uniform(0, 2 * seconds[name] / ROUNDS)
             child = runs.zygote.start(*runs.command(run, *SETTINGS[name]))
+            while (
+                _rounds(child.log.read_text()) < rounds and psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE
+            ):
+                time.sleep(0.02)
             time.sleep(moment)
             child.signal(signal.SIGKILL)
             status, said = child.wait()
-            last = [line.split(":")[0] for line in said.splitlines() if line.startswith("round ")][-1:]
-            where = last[0] if last else "before round 1"
-            killed.append(f"{moment:.1f} s ({where})" if status == KILLED else "no time, it had ended")
+            done = _rounds(said)
+            killed.append(f"{moment:.1f} s after {rounds} rounds ({done} told)" if status == KILLED else "its end")
         module, arguments = runs.command(run, *SETTINGS[name])
         status, said = runs.tries(module, *arguments)
         assert status == 0 or "has come to its end" in said, said
@@ -182,6 +185,11 @@ def on_ray(runs: Runs) -> int:
     same = runs.result("on-ray") == runs.result("whole-ray")
     print(f"on Ray, resumed four times: {_said(same)}", flush=True)
     return int(not same or bool(left))
+
+
+def _rounds(said: str) -> int:
+    """How many rounds a command has told of."""
+    return sum(line.startswith("round ") and "loss" in line for line in said.splitlines())
 
 
 def _said(same: bool) -> str:
