@@ -2,8 +2,8 @@
 
     python benchmarks/resume.py [--kills 20] [--seed 0]
 
-Runs of three synthetic sites in one process. Each is killed (SIGKILL to the whole process) after a number of
-rounds and then a time that are drawn, every second one once more after it was resumed, and then resumed to its end. A last run is
+Runs of three synthetic sites in one process. Each is killed (SIGKILL to the whole process) after a number of rounds and
+then a time that are drawn, every second one once more after it was resumed, and then resumed to its end. A last run is
 killed before every single operation by which its driver changes a file to finish a round. All final global states, and
 all that the sites keep, must equal those of runs that nobody killed; `fedsam verify` must find nothing wrong. Then a
 driver that is held until another has taken its run over, and a run on a local Ray cluster: its driver actor is killed,
