@@ -1,13 +1,13 @@
 """Kills runs at random moments, and in the midst of their checkpoints, and compares what resumed ones come to.
 
-    python benchmarks/resume.py [--kills 20] [--seed 0]
+    python benchmarks/resume.py [--kills 20] [--seed 0] [--parts moments operations asleep ray]
 
 Runs of three synthetic sites in one process. Each is killed (SIGKILL to the whole process) after a number of rounds and
 then a time that are drawn, every second one once more after it was resumed, and then resumed to its end. A last run is
 killed before every single operation by which its driver changes a file to finish a round. All final global states, and
 all that the sites keep, must equal those of runs that nobody killed; `fedsam verify` must find nothing wrong. Then a
 driver that is held until another has taken its run over, and a run on a local Ray cluster: its driver actor is killed,
-its entry point is killed, it is stopped, and interrupted.
+its entry point is killed, it is stopped, interrupted, and terminated as `ray job stop` does it.
 """
 
 import argparse
@@ -51,20 +51,27 @@ SETTINGS = {
 
 
 ROUNDS = 4
+PARTS = ("moments", "operations", "asleep", "ray")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="runs that are killed at a random moment")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what of it to do")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="fedsam-resume-") as folder:
         runs = Runs(Path(folder), "learning.local_steps=2", f"federation.rounds={ROUNDS}")
         try:
-            wrong = random_moments(runs, options.kills, random.Random(options.seed))
-            wrong += every_operation(runs)
-            wrong += asleep(runs)
-            wrong += on_ray(runs)
+            wrong = 0
+            if "moments" in options.parts:
+                wrong += random_moments(runs, options.kills, random.Random(options.seed))
+            if "operations" in options.parts:
+                wrong += every_operation(runs)
+            if "asleep" in options.parts:
+                wrong += asleep(runs)
+            if "ray" in options.parts:
+                wrong += on_ray(runs)
         finally:
             runs.zygote.close()
     sys.exit(1 if wrong else 0)
@@ -153,10 +160,10 @@ def asleep(runs: Runs) -> int:
 def on_ray(runs: Runs) -> int:
     """A run on a local Ray cluster whose driver actor, then whose entry point is killed, which is then stopped and
     interrupted, each in another round: 1 if it came to another end, or left a process behind, else 0."""
-    more = [*next(iter(SETTINGS.values())), "federation.rounds=6", "engine.site.cpus=0.2"]
+    more = [*next(iter(SETTINGS.values())), "federation.rounds=7", "engine.site.cpus=0.2"]
     runs.goes_well("federate", *runs.settings("whole-ray", *more))
     left = set[int]()
-    for number, how in enumerate(("driver actor", "entry point", "stop", "Ctrl-C"), start=1):
+    for number, how in enumerate(("driver actor", "entry point", "stop", "Ctrl-C", "SIGTERM"), start=1):
         child = runs.zygote.start("federate", runs.settings("on-ray", *more, "engine.kind=ray"))
         child.wait_for(f"round {number}:", 300)
         inside = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
@@ -168,7 +175,8 @@ def on_ray(runs: Runs) -> int:
         elif how == "stop":
             runs.goes_well("stop", "on-ray", f"work_dir={runs.folder}")
         else:
-            child.signal(signal.SIGKILL if how == "entry point" else signal.SIGINT)
+            signals = {"entry point": signal.SIGKILL, "Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+            child.signal(signals[how])
         status, said = child.wait()
         while alive := {pid for pid in inside if psutil.pid_exists(pid)}:
             if time.monotonic() - began > 60:
@@ -183,7 +191,7 @@ def on_ray(runs: Runs) -> int:
     runs.goes_well("federate", *runs.settings("on-ray", *more, "engine.kind=ray"))
     runs.goes_well("verify", str(runs.path("on-ray")))
     same = runs.result("on-ray") == runs.result("whole-ray")
-    print(f"on Ray, resumed four times: {_said(same)}", flush=True)
+    print(f"on Ray, resumed five times: {_said(same)}", flush=True)
     return int(not same or bool(left))
 
 
