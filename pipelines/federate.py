@@ -272,6 +272,9 @@ class _Fenced:
         self._lease = lease
         self.share, self.close = engine.share, engine.close
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
     @property
     def sites(self) -> tuple[str, ...]:
         return self._engine.sites

@@ -141,7 +141,11 @@ def config_of_run(run: str, overrides: Sequence[str]) -> Config:
     for key in ELSEWHERE:
         if isinstance(given.get(key), dict):
             config[key] = _merged(config.get(key) or {}, given[key])
-    return Config.model_validate(config)
+    try:
+        return Config.model_validate(config)
+    except ValidationError as error:
+        reasons = "; ".join(explain(one, None) for one in error.errors())
+        raise ConfigError(f"run {run} was begun by version {begun.version}, which has other keys: {reasons}") from error
 
 
 def places_of(overrides: Sequence[str]) -> Config:
