@@ -1,12 +1,13 @@
 """The driver actor: runs a federation inside the cluster while whoever started it looks on."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
 from fedsam_core import logs
 from fedsam_core.errors import ClusterError, FedsamError
@@ -18,6 +19,12 @@ Run = Callable[[Emit], Any]
 """A whole run as a plain picklable function of where its progress goes; site actors are created inside it."""
 
 _LONG_POLL_SECONDS = 0.5
+_LONGEST_REASON = 600
+
+# What Ray says of a dead actor beside why it died: what the person knows already, and guesses at reasons.
+_NO_REASON = re.compile(
+    r"(class_name|actor_id|namespace|name): \S+ ?|(There are some potential root|Some common) causes.*"
+)
 
 
 class FederationDriver:
@@ -79,15 +86,16 @@ def drive(run: Run, emit: Emit, cpus: float = 0.0) -> Any:
         if isinstance(error.cause, FedsamError):
             raise error.cause from None
         raise  # a bug: Ray's message carries the traceback from the driver
-    except (ActorDiedError, ActorUnavailableError) as error:
+    except (RayActorError, OutOfMemoryError, NodeDiedError) as error:
         raise ClusterError(
-            f"the federation's driver died ({_reason(error)}): see its log in the Ray dashboard and start the run again"
+            f"the federation's driver died ({_why(error)}): see its log in the Ray dashboard; `fedsam resume RUN` goes "
+            "on from the last finished round"
         ) from error
     finally:
         ray.kill(driver, no_restart=True)
 
 
-def _reason(error: ActorDiedError | ActorUnavailableError) -> str:
-    """Ray's own words on what befell the process; beside them it lists ids, a line each."""
-    told = " ".join(line for line in str(error).splitlines()[1:] if line.strip() and not line.startswith("\t"))
-    return f"{type(error).__name__}: {told[:600]}" if told else type(error).__name__
+def _why(error: Exception) -> str:
+    """Ray's own reason in a line: how the worker ended, or its node, on which machine, and who killed it."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {_NO_REASON.sub('', said).strip()[:_LONGEST_REASON]}"

@@ -274,6 +274,14 @@ def _model(client: MlflowClient, spool: Spool, server: Server, entry: Entry) -> 
     client.set_registered_model_alias(name, NEWEST, version.version)
 
 
+def _reopen(client: MlflowClient, spool: Spool, server: Server, entry: Entry) -> None:
+    """A run that goes on has not ended, whatever was said."""
+    run = client.get_run(spool.sent["run_id"])
+    client.update_run(run.info.run_id, status="RUNNING")
+    if "error" in run.data.tags:
+        client.delete_tag(run.info.run_id, "error")
+
+
 def _end(client: MlflowClient, spool: Spool, server: Server, entry: Entry) -> None:
     run = spool.sent["run_id"]
     client.set_terminated(run, entry["status"], entry["time"])
@@ -283,7 +291,15 @@ def _end(client: MlflowClient, spool: Spool, server: Server, entry: Entry) -> No
             client.delete_run(stray.info.run_id)
 
 
-_SENDERS = {"params": _params, "tags": _tags, "metrics": _metrics, "file": _file, "model": _model, "end": _end}
+_SENDERS = {
+    "params": _params,
+    "tags": _tags,
+    "metrics": _metrics,
+    "file": _file,
+    "model": _model,
+    "reopen": _reopen,
+    "end": _end,
+}
 
 
 def _what(entry: Entry) -> str:
@@ -297,6 +313,8 @@ def _what(entry: Entry) -> str:
             return f"file {Path(entry['file']).name}"
         case "model":
             return f"model {entry['name']}"
+        case "reopen":
+            return "that the run goes on"
     return f"the end of the run ({entry['status']})"
 
 

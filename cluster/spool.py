@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,11 +41,12 @@ class Spool:
         self._sending = FileLock(folder / "sending.lock", timeout=_LOCK_SECONDS, thread_local=False)
 
     @classmethod
-    def create(cls, root: Path, name: str) -> "Spool":
-        """A new run's; this process is its writer. Raises OSError."""
-        spool = cls(root / f"{_NOT_IN_FOLDERS.sub('_', name)[:150]}-{uuid.uuid4().hex}")
-        spool.folder.mkdir(parents=True)
-        spool._writing.acquire(timeout=0)
+    def create(cls, root: Path, name: str, run: str | None = None) -> "Spool":
+        """A new run's, or that of the id `run`, which may be there; this process is its writer. Raises OSError."""
+        spool = cls(root / f"{_NOT_IN_FOLDERS.sub('_', name)[:150]}-{run or uuid.uuid4().hex}")
+        spool.folder.mkdir(parents=True, exist_ok=run is not None)
+        with suppress(Timeout):  # of a process that hangs, and whose run this one has taken over
+            spool._writing.acquire(timeout=0)
         return spool
 
     @classmethod
@@ -67,8 +68,9 @@ class Spool:
 
     @property
     def ended(self) -> bool:
-        """Whether the run has said how it ended."""
-        return any(entry["do"] == "end" for entry, _ in self._entries(0))
+        """Whether the run has said how it ended, and was not opened again."""
+        said = [entry["do"] for entry, _ in self._entries(0) if entry["do"] in ("end", "reopen")]
+        return said[-1:] == ["end"]
 
     @property
     def abandoned(self) -> bool:

@@ -150,21 +150,23 @@ class Tracking:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         parent: str | None = None,
+        run_id: str | None = None,
     ) -> "RunTracker":
-        """Begins a run, without a word to the server; use it as a context manager.
+        """Begins a run, or goes on with one, without a word to the server; use it as a context manager.
 
         Args:
             name: what the UI shows, unless the tags have another under `NAME_TAG`.
             params: flat and comparable; values are recorded as text.
             tags: hashes, device, engine and the like.
             parent: `run_id` of the run that this one belongs to, such as an ablation's.
+            run_id: 32 hex digits that the run is to be known by; one that was begun with them is open again.
 
         Raises:
             StoreError: nothing can be written in work_dir.
         """
         begin = {
             "do": "begin",
-            "time": _now(),
+            "time": now_ms(),
             "name": tags.get(NAME_TAG, name),
             "experiment": self.config.experiment,
             "tags": {key: str(value) for key, value in sorted(tags.items())},
@@ -172,13 +174,20 @@ class Tracking:
             "server": asdict(self.server),
         }
         try:
-            spool = Spool.create(self._spools, name)
-            spool.append(begin)
+            spool = Spool.create(self._spools, name, run_id)
+            again = bool(spool.first)
+            if not again:
+                spool.append(begin)
+            if run_id is not None:
+                spool.append({"do": "reopen"})
         except OSError as error:
             raise StoreError(
                 f"{self._spools} cannot be written ({error.strerror}): check the rights of work_dir and its space"
             ) from error
         tracker = RunTracker(spool, self.server)
+        if again:
+            tracker.set_tags(tags)
+            return tracker
         for batch in _batches({key: str(value) for key, value in sorted(params.items())}, _PARAMS_PER_BATCH):
             tracker.record({"do": "params", "values": batch})
         return tracker
@@ -266,6 +275,7 @@ class RunTracker:
         self._server = server
         self._sender = Sender(spool, server)
         self._status = ("FINISHED", "")
+        self._left = False
         self._tables: list[dict[str, str]] = []
 
     @property
@@ -279,13 +289,17 @@ class RunTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._left:
+            self._sender.close(0)
+            self._spool.release()
+            return
         if error is not None:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             self.close_as(status, describe_failure(error))
         status, reason = self._status
         if reason:
             self.set_tags({"error": reason[:5000]})
-        self.record({"do": "end", "time": _now(), "status": status})
+        self.record({"do": "end", "time": now_ms(), "status": status})
         self._sender.close(_FILE_PATIENCE_SECONDS if self._server.is_file else _PATIENCE_SECONDS)
         self._spool.release()
         if waiting := self._spool.waiting():
@@ -295,13 +309,18 @@ class RunTracker:
         """What the run is to be recorded as when it ends."""
         self._status = (status, reason)
 
+    def leave(self) -> None:
+        """Records no end: another process goes on with the run."""
+        self._left = True
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Adds or replaces tags."""
         self.record({"do": "tags", "values": {key: str(value) for key, value in sorted(tags.items())}})
 
-    def log_round(self, step: int, metrics: Mapping[str, float]) -> None:
-        """All metrics of a round, such as `val/dice` or `site/<id>/dice`, as one batch."""
-        now = _now()
+    def log_round(self, step: int, metrics: Mapping[str, float], time: int | None = None) -> None:
+        """All metrics of a round, such as `val/dice` or `site/<id>/dice`, as one batch; `time` (ms) unless it is now.
+        What is told again with the same time counts once."""
+        now = now_ms() if time is None else time
         # MLflow allows few characters in names, and a class or a site may be called anything.
         values = {_NOT_IN_NAMES.sub("_", key): float(value) for key, value in sorted(metrics.items())}
         for batch in _batches(values, _METRICS_PER_BATCH):
@@ -348,7 +367,7 @@ def _close_if_abandoned(spool: Spool) -> None:
     with spool.sending() as here:
         if here and not spool.ended and spool.abandoned:
             spool.append({"do": "tags", "values": {"error": "its process ended without a word"}})
-            spool.append({"do": "end", "time": _now(), "status": "KILLED"})
+            spool.append({"do": "end", "time": now_ms(), "status": "KILLED"})
 
 
 def _files_of(local: Path) -> Iterable[Path]:
@@ -361,6 +380,6 @@ def _batches(values: dict[str, Any], size: int) -> Iterable[dict[str, Any]]:
         yield batch
 
 
-def _now() -> int:
+def now_ms() -> int:
     """Milliseconds since 1970."""
     return int(time.time() * 1000)

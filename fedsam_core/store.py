@@ -131,7 +131,12 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> list[str]:
         with self._explained(prefix):
-            files = (path for path in self.root.rglob("*") if path.is_file() and not _unfinished(path.name))
+            above = prefix.rpartition("/")[0]
+            files = (
+                path
+                for path in (self._path(above) if above else self.root).rglob("*")
+                if path.is_file() and not _unfinished(path.name)
+            )
             keys = (path.relative_to(self.root).as_posix() for path in files)
             return sorted(key for key in keys if key.startswith(prefix))
 

@@ -2,9 +2,11 @@
 
 Under runs/RUN/ of the store, and in the run's folder under unsent/ what the store has not taken yet:
 
-rounds/000000/  what the run began with: configuration, manifest, first global state
-rounds/000012/  what round 12 gave: global state, opened sums, tables
-result/         adapter, scores, pictures, summary
+run.json        what the run was begun with (`pipelines.resume`)
+lease/          who drives it (`cluster.lease`)
+rounds/000000/  what the run began with: configuration, manifest, first global state, checkpoint
+rounds/000012/  what round 12 gave: checkpoint with the global state, opened sums, tables
+result/         last global state, adapter, scores, pictures, summary
 each of them:   commit.json, a `Commit`: its files and their SHA-256; written last, by one driver only
                 DRIVER/FILE, the files; record.jsonl holds the lines by which the record has grown
 """
@@ -17,17 +19,19 @@ from secrets import token_hex
 
 from pydantic import Field, ValidationError
 
-from cluster.store import open_store
+from cluster.store import PATIENCE_SECONDS, open_store
 from fedsam_core.errors import RoundError, StoreError
 from fedsam_core.hashing import file_sha256
 from fedsam_core.settings import Settings
 from fedsam_core.store import LocalStore, Store, safe_key
+from pipelines.checkpoints import CHECKPOINTS, checkpoint_file, finished_rounds, read_checkpoint, unfold
 from pipelines.config import Config
 from pipelines.run_folder import RECORD, RunFolder
 
 COMMIT = "commit.json"
 RESULT = "result"
 UNSENT = "unsent"
+BEGUN = "run.json"
 
 
 class StoredFile(Settings):
@@ -51,9 +55,9 @@ class Commit(Settings):
         return f"{self.place}/{self.driver}/{name}"
 
 
-def results_store(config: Config) -> Store:
-    """Where runs and studies are kept."""
-    return open_store(config.storage.results or str(config.work_dir), config.storage.s3_endpoint)
+def results_store(config: Config, patience: float = PATIENCE_SECONDS) -> Store:
+    """Where runs and studies are kept; `patience` as `open_store` has it."""
+    return open_store(config.storage.results or str(config.work_dir), config.storage.s3_endpoint, patience)
 
 
 def check_results(store: Store) -> None:
@@ -82,17 +86,19 @@ def round_place(number: int) -> str:
 class RunCommits:
     """Commits the rounds of one run, in their order.
 
-    A store that is away fails no round: what it has not taken waits in the run's folder and goes with the next.
+    A store that is away fails no round: what it has not taken waits in the run's folder and goes with the next, also
+    with that of a driver that resumes the run there.
     """
 
-    def __init__(self, store: Store, folder: Path, run: str) -> None:
+    def __init__(self, store: Store, folder: Path, run: str, lines: int = 0) -> None:
+        """`lines` of the record are committed, or wait, where the run goes on."""
         self._store = store
         self._folder = folder
         self._unsent = LocalStore(folder / UNSENT)
         self._run = run
         self._driver = token_hex(8)
-        self._due: list[Commit] = []
-        self._lines = 0  # of the record that are committed, or waiting
+        self._due = waiting_rounds(folder)
+        self._lines = lines  # of the record that are committed, or waiting
         self._away = False
 
     @property
@@ -140,7 +146,7 @@ class RunCommits:
             lacking = ", ".join(commit.place for commit in self._due)
             raise StoreError(
                 f"{self.url} lacks {lacking} ({error}). All is in {self._folder}: once the store can be used again, "
-                f"copy what is in {self._unsent.url} to {self.url}"
+                f"`fedsam resume {self._run}` sends it, or copy what is in {self._unsent.url} to {self.url}"
             ) from error
 
     def _stage(self, place: str, names: Iterable[str], record: Sequence[bytes]) -> None:
@@ -174,36 +180,60 @@ class RunCommits:
         shutil.rmtree(self._folder / UNSENT, ignore_errors=True)
 
 
-def fetch_run(store: Store, run: str, folder: Path) -> int:
+def waiting_rounds(folder: Path) -> list[Commit]:
+    """The rounds in a run's folder that wait for the store, in their order."""
+    unsent = LocalStore(folder / UNSENT)
+    found = [key for key in unsent.list("rounds/") if key.endswith(f"/{COMMIT}")]
+    return [_read_marker(unsent, key) for key in found]
+
+
+def last_committed(store: Store, run: str) -> int:
+    """The number of the last round of an unbroken row that is committed; -1 where none is."""
+    there = set(store.list(f"runs/{run}/rounds/"))
+    number = 0
+    while f"runs/{run}/{round_place(number)}/{COMMIT}" in there:
+        number += 1
+    return number - 1
+
+
+def fetch_run(store: Store, run: str, folder: Path, last: int | None = None) -> int:
     """Reads a run back as its driver left it after the last round that is committed, each file checked.
 
     Args:
         store: the results store.
         run: its id.
         folder: where its files go.
+        last: an earlier round, to read it back as it was then.
 
     Returns:
         The number of that round.
 
     Raises:
         StoreError: there is no such run, or an object of it is missing or damaged.
+        CheckpointError: the round's checkpoint is damaged.
     """
-    commits: list[Commit] = []
-    while (commit := read_commit(store, run, round_place(len(commits)))) is not None:
-        commits.append(commit)
-    last = len(commits) - 1
+    newest_round = last_committed(store, run) if last is None else last
+    commits = [_committed(store, run, round_place(number)) for number in range(newest_round + 1)]
     if not commits:
         raise StoreError(f"{store.url}/runs/{run} has no committed round: check the run's id and storage.results")
-    if (result := read_commit(store, run, RESULT)) is not None:
+    result = read_commit(store, run, RESULT) if last is None else None
+    if result is not None:
         commits.append(result)
     newest = {name: commit for commit in commits for name in commit.files if name != RECORD}
+    checkpoint = checkpoint_file(newest_round)
     for name, commit in newest.items():
-        _fetch(store, commit, name, folder)
+        if not name.startswith(f"{CHECKPOINTS}/") or (name == checkpoint and result is None):
+            _fetch(store, commit, name, folder)
     record = b""
     for commit in commits:
         record += _fetch(store, commit, RECORD, folder).read_bytes()
-    RunFolder(folder).write(RECORD, record)
-    return last
+    whole = RunFolder(folder)
+    whole.write(RECORD, record)
+    if store.exists(f"runs/{run}/{BEGUN}"):
+        store.get_file(f"runs/{run}/{BEGUN}", folder / BEGUN)
+    if newest_round in finished_rounds(whole):
+        unfold(whole, *read_checkpoint(whole, newest_round))
+    return newest_round
 
 
 def read_run_file(store: Store, run: str, name: str) -> bytes | None:
@@ -226,8 +256,14 @@ def read_commit(store: Store, run: str, place: str) -> Commit | None:
         StoreError: the store cannot be read, or the marker is damaged.
     """
     key = f"runs/{run}/{place}/{COMMIT}"
-    if not store.exists(key):
-        return None
+    return _read_marker(store, key) if store.exists(key) else None
+
+
+def _committed(store: Store, run: str, place: str) -> Commit:
+    return _read_marker(store, f"runs/{run}/{place}/{COMMIT}")
+
+
+def _read_marker(store: Store, key: str) -> Commit:
     try:
         return Commit.model_validate_json(store.read_bytes(key))
     except ValidationError as error:

@@ -73,6 +73,13 @@ class Config(Settings):
     """Everything that a stage can be told."""
 
     name: str = Field("fedsam", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run")
+    run: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=150,
+        description="for `federate`: id of the run; called again with it, an unfinished run goes on. Unset: "
+        "NAME-DATE-HASH, a new run with each call",
+    )
     seed: int = Field(0, ge=0, description="seed of the whole run; equal seeds give equal results")
     work_dir: Path = Field(
         Path("~/.fedsam"), description="prepared cohorts, runs and the local MLflow database; shared by all nodes"

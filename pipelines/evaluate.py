@@ -193,13 +193,15 @@ def find_adapter(config: Config) -> Path:
     if config.evaluation.adapter is not None:
         named = config.evaluation.adapter
         candidates = [named / "adapter", named]
+    elif config.run is not None:
+        candidates = [config.work_dir / "runs" / config.run / "adapter"]
     else:
         runs = sorted((config.work_dir / "runs").glob(f"{config.name}-[0-9]*-[0-9]*-*/adapter"), reverse=True)
         candidates = runs[:1]
     for candidate in candidates:
         if (candidate / "manifest.json").is_file():
             return candidate
-    where = config.evaluation.adapter or f"{config.work_dir}/runs/{config.name}-*"
+    where = config.evaluation.adapter or f"{config.work_dir}/runs/{config.run or f'{config.name}-*'}"
     raise CheckpointError(
         f"no adapter in {where}: run `fedsam federate` first, or set evaluation.adapter to its folder"
     )

@@ -1,7 +1,10 @@
 """Stage `federate`: sites train adapter layers in rounds; only the masked sum of their updates is ever opened."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from secrets import token_hex
@@ -11,14 +14,15 @@ from typing import Any
 import fedsam_core
 from cluster.driver import drive
 from cluster.gateway.aggregator import Gateway
+from cluster.lease import Lease, release
 from cluster.metrics import RoundMetrics
 from cluster.placement import cluster_nodes, plan, preflight
 from cluster.session import ray_session
 from cluster.site import SitePool, create_sites
-from cluster.tracking import Tracking
+from cluster.tracking import RunTracker, Tracking
 from fedsam_core import logs
-from fedsam_core.errors import ClusterError, ConfigError
-from fedsam_core.federation.engine import Engine, describe_failure, in_process
+from fedsam_core.errors import ClusterError, ConfigError, StoreError
+from fedsam_core.federation.engine import Engine, OnAnswer, describe_failure, in_process
 from fedsam_core.federation.groups import tensor_groups
 from fedsam_core.federation.lora_rules import lora_layers, summed_kinds
 from fedsam_core.federation.preparation import PreparedSites, share_at
@@ -33,13 +37,17 @@ from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM, default_threshold
 from fedsam_core.secagg.keyfiles import read_roster
 from fedsam_core.selection import ParameterManifest
 from pipelines import console, dial_in
+from pipelines.checkpoints import remove_checkpoints
 from pipelines.commits import RunCommits, check_results, results_store
 from pipelines.config import Config, flat_settings
 from pipelines.prepare import prepare_sites, prepared_location, store_opener
 from pipelines.recorder import Emit, Event, Outcome, Recorder, dice_rows
+from pipelines.resume import begin, left_off
 from pipelines.run_folder import RunFolder
-from pipelines.sources import code_hash
-from pipelines.stage import Stage
+from pipelines.sources import code_files, code_hash
+from pipelines.stage import Stage, interrupt
+
+_LEASE_PATIENCE_SECONDS = 5.0  # a store that is away for longer is asked again with the next beat
 
 OnRound = Callable[[RoundReport, GlobalState], None]
 OpenEngine = Callable[[list[SiteSpec]], Engine]
@@ -127,22 +135,44 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit, gateway: Gateway
     if gateway is not None:
         return run_federation(config, cohort, partial(dial_in.run_engine, gateway, config), emit)
     if config.engine.kind == "in-process":
-        return run_federation(config, cohort, lambda specs: in_process(specs, site_factory(config)), emit)
+        here = partial(in_process, factory=site_factory(config))
+        return run_federation(config, cohort, here, _interrupting(emit))
     preflight(cohort.sites, cluster_nodes(), config.engine.site)
     tracked: list[str] = []
+    held: dict[str, int] = {}
 
     def look_on(event: Event) -> None:
         tracked.extend(filter(None, [event.tracked]))
+        held.update({event.run: event.lease} if event.lease else {})
+        if event.halt is not None:
+            raise event.halt  # ends the driver, and the sites with it
         emit(event)
 
     try:
         result: Outcome = drive(partial(run_federation, config, cohort, partial(ray_engine, config, None)), look_on)
     except (KeyboardInterrupt, SystemExit, ClusterError) as error:
-        # The driver is gone and cannot close its MLflow run itself.
+        # The driver is gone: it can neither give its lease back nor close its MLflow run itself.
+        for run, lease in held.items():
+            with suppress(StoreError):
+                release(results_store(config), run, lease)
         for run_id in tracked:
             open_tracking(config).end(run_id, "KILLED", describe_failure(error))
         raise
     return result
+
+
+def _interrupting(emit: Emit) -> Emit:
+    """For a run in this process: what halts it interrupts it, wherever it is. In another thread than the main one it is
+    noticed before sites are asked for anything."""
+    whole = threading.current_thread() is threading.main_thread()
+
+    def look_on(event: Event) -> None:
+        if event.halt is None:
+            emit(event)
+        elif whole:
+            interrupt()
+
+    return look_on
 
 
 def run_federation(
@@ -153,57 +183,139 @@ def run_federation(
     parent: str | None = None,
     more_tags: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
-    """The run itself: wherever this executes is the driver. `parent` is the MLflow run of the study it belongs to."""
+    """The run itself: wherever this executes is the driver. `parent` is the MLflow run of the study it belongs to.
+
+    A run that was begun before goes on from the last round that it finished.
+
+    Raises:
+        FinishedRun: it has come to its end.
+        LeaseHeld: another driver is at work on it.
+        Stopped: somebody asked it to end.
+        FedsamError: what is wrong, in a line.
+    """
     cohort = about.described
     segmenter, manifest, state = initial_model(config, len(cohort.classes))
     check_ranks(config, manifest, about.sites)
     config_hash = config.science_hash(about.hash)
     # The random end keeps two runs apart that start in the same second.
-    run_id = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}-{token_hex(2)}"
-    size = f"{len(about.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"
-    emit(Event(f"run {run_id}: {size}", run=run_id))
+    run_id = config.run or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash[:6]}-{token_hex(2)}"
     logs.about(run=run_id)
+    begun = begin(config, run_id, about, code_files())
+    with _leased(config, run_id, emit) as lease:
+        folder = RunFolder(config.work_dir / "runs" / run_id)
+        left = left_off(config, folder, lambda line: emit(Event(line)))
+        size = f"{len(about.sites)} sites, {config.layers.name}, {manifest.trainable:,} values trained"
+        after = "" if left is None else f"; it goes on after round {left.checkpoint.round}"
+        emit(Event(f"run {run_id}: {size}{after}"))
+        specs = site_specs(config, about.sites, run_id, config_hash)
+        engine = _Fenced(open_engine(specs), lease)
+        try:
+            origin = {"cohort_hash": about.hash, "code_hash": code_hash()}
+            frozen = weights_hash(segmenter, manifest)
+            federation = Federation(engine, specs[0], manifest, len(cohort.classes), frozen, origin)
+            federation.open(state, *(() if left is None else (left.checkpoint, left.record)))
+            devices = ", ".join(sorted({site["device"] for site in federation.sites.values()}))
+            emit(Event(f"sites are open on {devices}; sums are {config.federation.secure_sum}"))
+            for site in federation.forgetful:
+                emit(Event(f"site {site} has lost what it kept of the rounds before, and goes on without"))
+            tags = {
+                **more_tags,
+                **run_tags(config, about, manifest, segmenter, config_hash),
+                "fedsam.run": run_id,
+                "fedsam.device": devices,
+                "fedsam.precision": next(site["precision"] for site in federation.sites.values()),
+            }
+            tracking = open_tracking(config)
+            settled = config.model_copy(update={"preprocess": about.config})  # what a cohort left open, by its value
+            with (
+                tracking.start(run_id, run_params(settled), tags, parent, begun.tracking) as tracker,
+                _left_to_others(tracker, lease),
+            ):
+                emit(Event(f"recorded in MLflow experiment {config.tracking.experiment}", tracked=tracker.run_id))
+                lines = 0 if left is None else len(left.record)
+                kept = config.storage.results is not None
+                commits = RunCommits(results_store(config), folder.path, run_id, lines) if kept else None
+                recorder = Recorder(
+                    config, cohort, federation, folder, tracker, emit, about.config, commits, lease.look
+                )
+                try:
+                    if left is None:
+                        recorder.begin(federation.score("test", 0), federation.score("val", 0))
+                    else:
+                        recorder.go_on(left)
+                    run_rounds(federation, _in_turn(recorder.after_round, RoundMetrics(run_id)))
+                    rounds = config.federation.rounds
+                    final = federation.score("test", rounds, pictures=True)
+                    has_own = bool(config.federation.personal_steps or config.layers.local)
+                    personal = federation.score("test", rounds, personal=True) if has_own else None
+                    outcome = recorder.finish(segmenter, final, personal, tracking.ui_command())
+                    if config.tracking.register_as is not None:
+                        about_it = {"fedsam.selection": config.layers.name, "fedsam.dice": str(outcome.after["dice"])}
+                        tracker.log_model(config.tracking.register_as, folder.path / "adapter", tags | about_it)
+                finally:
+                    if not lease.is_lost:
+                        recorder.keep_record()  # of what failed, too
+        finally:
+            engine.close()
+        remove_checkpoints(folder.path)  # from now on there is nothing to resume
+        return outcome
 
-    specs = site_specs(config, about.sites, run_id, config_hash)
-    engine = open_engine(specs)
+
+@contextmanager
+def _leased(config: Config, run: str, emit: Emit) -> Iterator[Lease]:
+    """This process drives the run, and no other."""
+    lease = Lease.take(results_store(config, _LEASE_PATIENCE_SECONDS), run)
     try:
-        origin = {"cohort_hash": about.hash, "code_hash": code_hash()}
-        frozen = weights_hash(segmenter, manifest)
-        federation = Federation(engine, specs[0], manifest, len(cohort.classes), frozen, origin)
-        federation.open(state)
-        devices = ", ".join(sorted({site["device"] for site in federation.sites.values()}))
-        emit(Event(f"sites are open on {devices}; sums are {config.federation.secure_sum}"))
-        tags = {
-            **more_tags,
-            **run_tags(config, about, manifest, segmenter, config_hash),
-            "fedsam.run": run_id,
-            "fedsam.device": devices,
-            "fedsam.precision": next(site["precision"] for site in federation.sites.values()),
-        }
-        tracking = open_tracking(config)
-        settled = config.model_copy(update={"preprocess": about.config})  # what a cohort left open, by its value
-        with tracking.start(run_id, run_params(settled), tags, parent) as tracker:
-            emit(Event(f"recorded in MLflow experiment {config.tracking.experiment}", tracked=tracker.run_id))
-            folder = RunFolder(config.work_dir / "runs" / run_id)
-            kept = config.storage.results is not None
-            commits = RunCommits(results_store(config), folder.path, run_id) if kept else None
-            recorder = Recorder(config, cohort, federation, folder, tracker, emit, about.config, commits)
-            try:
-                recorder.begin(federation.score("test", 0), federation.score("val", 0))
-                run_rounds(federation, _in_turn(recorder.after_round, RoundMetrics(run_id)))
-                rounds = config.federation.rounds
-                final = federation.score("test", rounds, pictures=True)
-                has_own = bool(config.federation.personal_steps or config.layers.local)
-                personal = federation.score("test", rounds, personal=True) if has_own else None
-                outcome = recorder.finish(segmenter, final, personal, tracking.ui_command())
-                if config.tracking.register_as is not None:
-                    about_it = {"fedsam.selection": config.layers.name, "fedsam.dice": str(outcome.after["dice"])}
-                    tracker.log_model(config.tracking.register_as, folder.path / "adapter", tags | about_it)
-                return outcome
-            finally:
-                recorder.keep_record()  # of what failed, too
+        emit(Event(f"driver: process {os.getpid()} on {socket.gethostname()}", run=run, lease=lease.number))
+        lease.renew(lambda why: emit(Event(str(why), halt=why)))
+        yield lease
+    except KeyboardInterrupt:
+        lease.look()  # says why, where it was not somebody at this terminal
+        raise
     finally:
-        engine.close()
+        lease.release()
+
+
+@contextmanager
+def _left_to_others(tracker: RunTracker, lease: Lease) -> Iterator[None]:
+    """What becomes of the MLflow run is for another driver to say, once that has the run."""
+    try:
+        yield
+    finally:
+        if lease.is_lost:
+            tracker.leave()
+
+
+class _Fenced:
+    """An engine that asks sites nothing more once this driver has lost the run, or is to end."""
+
+    def __init__(self, engine: Engine, lease: Lease) -> None:
+        self._engine = engine
+        self._lease = lease
+        self.share, self.close = engine.share, engine.close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self._engine.sites
+
+    def call(
+        self,
+        method: str,
+        args: Mapping[str, Mapping[str, Any]],
+        deadline: float,
+        on_answer: OnAnswer | None = None,
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        self._lease.check()
+        return self._engine.call(method, args, deadline, on_answer)
+
+    def poll(
+        self, method: str, args: Mapping[str, Mapping[str, Any]], seconds: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        self._lease.check()
+        return self._engine.poll(method, args, seconds)
 
 
 def _in_turn(record: OnRound, tell: RoundMetrics) -> OnRound:
@@ -283,7 +395,7 @@ def site_specs(config: Config, sites: Sequence[str], run_id: str, config_hash: s
     ]
 
 
-_NO_PARAMS = {"work_dir", "storage", "tracking", "engine", "cohort", "selection", "rank"}
+_NO_PARAMS = {"work_dir", "run", "storage", "tracking", "engine", "cohort", "selection", "rank"}
 
 
 def run_params(config: Config) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """Writes what a federation gives, while it runs: to its folder, to MLflow, and to whoever looks on."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from cluster.tracking import RunTracker
+from cluster.tracking import RunTracker, now_ms
 from fedsam_core.data.cohort import Cohort
 from fedsam_core.data.preprocess import PreprocessConfig
+from fedsam_core.errors import StoreError
 from fedsam_core.evaluation.overlays import dice_bars
 from fedsam_core.federation.rounds import Federation, RoundReport, Scores
 from fedsam_core.federation.state import GlobalState, pack_state
@@ -17,9 +19,13 @@ from fedsam_core.federation.summation import RECORDED_BYTES
 from fedsam_core.sam.adapters import load_shared_state, save_adapter
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.trained import describe
-from pipelines.commits import UNSENT, RunCommits, round_place
+from pipelines.checkpoints import CHECKPOINTS, LOST_LINES, checkpoint_file, note_of, prune, put_checkpoint
+from pipelines.commits import UNSENT, RunCommits, read_run_file, results_store, round_place
 from pipelines.config import Config
+from pipelines.resume import LeftOff
 from pipelines.run_folder import RECORD, SUMS, RunFolder, sum_file
+
+_NOT_TRACKED = (SUMS, UNSENT, CHECKPOINTS, LOST_LINES, "lease")  # too large, or of no use once the run is over
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Event:
         text: a line for the log.
         done, total: rounds that are finished, of how many.
         tracked: `run_id` of the tracker, told once: whoever looks on closes that run should the driver be killed.
-        run: id of the run, told once.
+        run, lease: id of the run, and number of the lease that its driver holds: whoever looks on releases that.
+        halt: why the run is to end at once: it was stopped, or another driver has it.
         numbers: of the round that has just been done: "dice" on the validation cases, "bytes_up", "bytes_down" so far.
     """
 
@@ -39,6 +46,8 @@ class Event:
     total: int = 0
     tracked: str = ""
     run: str = ""
+    lease: int = 0
+    halt: BaseException | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -95,11 +104,13 @@ class Recorder:
         emit: Emit,
         preprocess: PreprocessConfig,
         commits: RunCommits | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """A recorder of one run.
 
         `preprocess` is what the sites' shares were prepared with: the configuration may leave something open.
-        `commits` keeps each round in the results store, where the run's folder is not all that is wanted.
+        `commits` keeps each round in the results store, where the run's folder is not all that is wanted. `check` is
+        called before anything is written, and raises where this driver is no longer to write.
         """
         self._config = config
         self._preprocess = preprocess
@@ -109,30 +120,46 @@ class Recorder:
         self._tracker = tracker
         self._emit = emit
         self._commits = commits
+        self._check = check
         self._rounds: list[dict[str, Any]] = []
         self._layers: list[dict[str, Any]] = []  # a row a round and layer with LoRA
         self._epsilon: float | None = None
+        self._logged: dict[str, Any] = {}  # the last round's metrics, as MLflow gets them
         self._curve: list[tuple[int, float | None]] = []
         self._recorded = 0  # lines of the record that are in its file
         self._started = monotonic()
 
     def begin(self, test: Scores, validation: Scores) -> None:
         """Before the first round: what is trained from which state, and how the model segments as it is."""
+        self._check()
         self._before = self._summary(test)
         self._folder.write_yaml("config.yaml", self._config.model_dump(mode="json"))
         self._folder.write("manifest.json", self._federation.manifest.to_json().encode())
         self._folder.write("initial.safetensors", pack_state(self._federation.manifest, self._state()))
         self.keep_record()
-        self._commit(0, ["config.yaml", "manifest.json", "initial.safetensors"])
-        self._tracker.log_round(0, self._validation_metrics(validation))
         self._curve.append((0, _known(validation.mean_dice)))
+        self._finish_round(
+            ["config.yaml", "manifest.json", "initial.safetensors"], self._validation_metrics(validation)
+        )
         self._emit(
             Event(f"before training: test Dice {_number(self._before['dice'])}", 0, self._config.federation.rounds)
         )
 
+    def go_on(self, left: LeftOff) -> None:
+        """In place of `begin`, for a run that goes on. Its folder is as that checkpoint has it."""
+        kept = left.checkpoint.facts
+        self._before, self._epsilon, self._logged = kept["before"], kept["epsilon"], kept["logged"]
+        self._rounds, self._layers = kept["tables"]["rounds.csv"], kept["tables"]["layers.csv"]
+        self._curve = [(number, dice) for number, dice in kept["curve"]]
+        self._started -= kept["seconds"]
+        self._recorded = len(left.record)
+        self.keep_record()  # that it was resumed
+        self._log()  # the driver may have been lost before; what MLflow has already, it takes for the same
+
     def after_round(self, report: RoundReport, state: GlobalState) -> None:
-        """After each round: checkpoint, tables, metrics, a line."""
-        manifest, ledger = self._federation.manifest, self._federation.ledger
+        """After each round: tables, checkpoint, metrics, a line."""
+        self._check()
+        ledger = self._federation.ledger
         sums = []
         if self._config.federation.keep_sums:
             for total in report.totals:
@@ -140,13 +167,6 @@ class Recorder:
                     sums.append(sum_file(total.entry))
                     self._folder.write(sums[-1], total.packed)
         self.keep_record()
-        note = {
-            "round": str(report.round),
-            "run": self._federation.run,
-            "state_hash": report.state_hash,
-            "record_head": self._federation.record.head,
-        }
-        self._folder.write("state.safetensors", pack_state(manifest, state.tensors, note))
         self._epsilon = report.epsilon
         metrics = {
             **({} if math.isnan(report.loss) else {"train/loss": report.loss}),
@@ -170,7 +190,6 @@ class Recorder:
             },
             **(self._validation_metrics(report.validation) if report.validation else {}),
         }
-        self._tracker.log_round(report.round, metrics)
         row = {"round": report.round, "state_hash": report.state_hash, "contributors": " ".join(report.contributors)}
         row |= {
             name: "; ".join(f"{site}: {why}" for site, why in sites.items())
@@ -179,7 +198,9 @@ class Recorder:
         self._rounds.append(row | metrics)
         self._folder.write_table("rounds.csv", self._rounds)
         self._folder.write_table("ledger.csv", ledger.rows())
-        self._commit(report.round, ["state.safetensors", "rounds.csv", "ledger.csv", "layers.csv", *sums])
+        if report.validation is not None:
+            self._curve.append((report.round, _known(report.validation.mean_dice)))
+        self._finish_round(["rounds.csv", "ledger.csv", "layers.csv", *sums], metrics)
         for why in report.failed:
             self._emit(Event(f"round {report.round}: an attempt failed and was repeated with fresh keys ({why})"))
         for site, why in report.lost.items():
@@ -188,7 +209,6 @@ class Recorder:
             self._emit(Event(f"round {report.round}: {site} is in it, and was lost in one of its sums ({why})"))
         numbers = {"bytes_up": float(ledger.total("up")), "bytes_down": float(ledger.total("down"))}
         if report.validation is not None:
-            self._curve.append((report.round, _known(report.validation.mean_dice)))
             numbers |= {} if math.isnan(report.validation.mean_dice) else {"dice": report.validation.mean_dice}
         dice = "" if report.validation is None else f" validation Dice {_number(report.validation.mean_dice)},"
         loss = "" if math.isnan(report.loss) else f" loss {report.loss:.3f},"
@@ -197,6 +217,7 @@ class Recorder:
 
     def finish(self, segmenter: SamSegmenter, test: Scores, personal: Scores | None, ui: str) -> Outcome:
         """After the last round: adapter, scores, pictures, and the outcome."""
+        self._check()
         federation, config = self._federation, self._config
         after = self._summary(test)
         load_shared_state(segmenter, federation.manifest, self._state())
@@ -244,29 +265,51 @@ class Recorder:
         said = {"folder": str(outcome.folder), "record_head": head, "absent": absent}
         self._folder.write_json("summary.json", asdict(outcome) | said)
         self._tracker.set_tags({"fedsam.record_head": head})  # where whoever changes the run's folder cannot reach it
-        self._tracker.log_round(config.federation.rounds, self._final_metrics(after))
+        final = self._final_metrics(after)
         if outcome.personal is not None:
-            own = dice_metrics("test/dice_personal", "test_dice_personal", outcome.personal)
-            self._tracker.log_round(config.federation.rounds, own)
+            final |= dice_metrics("test/dice_personal", "test_dice_personal", outcome.personal)
+        self._tracker.log_round(config.federation.rounds, final, self._logged["time"])
         self._tracker.log_table("rounds", self._rounds)
         if rows:
             self._tracker.log_table("scores", rows)
         for path in sorted(self._folder.path.iterdir()):
-            if path.name not in (SUMS, UNSENT):  # as large as all rounds together: they stay in the folder
+            if path.name not in _NOT_TRACKED:
                 self._tracker.log_artifact(path, path.name if path.is_dir() else "")
         if self._commits is not None:
             files = [path for part in ("adapter", "pictures") for path in sorted((self._folder.path / part).rglob("*"))]
             names = [path.relative_to(self._folder.path).as_posix() for path in files]
-            self._commits.finish([*names, "ledger.csv", "scores.csv", "summary.json"], federation.record.lines)
+            self._commits.finish(
+                [*names, "state.safetensors", "ledger.csv", "scores.csv", "summary.json"], federation.record.lines
+            )
             self._emit(Event(f"the run is kept in {self._commits.url}"))
         return outcome
 
-    def _commit(self, number: int, names: list[str]) -> None:
-        """Keeps a round in the results store; one that is away is waited for with the next round."""
-        if self._commits is None:
-            return
-        if why := self._commits.commit(round_place(number), names, self._federation.record.lines):
-            self._emit(Event(f"round {number} is not in the results store yet, and goes with the next ({why})"))
+    def _finish_round(self, names: list[str], metrics: Mapping[str, float]) -> None:
+        """A checkpoint, which ends the round; in the results store too, and one that is away is waited for with the
+        next. MLflow hears of it last: it is told again where the driver is lost before that."""
+        federation = self._federation
+        number, saved = federation.done, federation.save()
+        self._logged = {"round": number, "metrics": dict(metrics), "time": now_ms()}
+        saved.facts.update(
+            tables={"rounds.csv": self._rounds, "layers.csv": self._layers},
+            before=self._before,
+            curve=self._curve,
+            epsilon=self._epsilon,
+            seconds=monotonic() - self._started,
+            logged=self._logged,
+        )
+        if number:
+            self._folder.write("state.safetensors", pack_state(federation.manifest, self._state(), note_of(saved)))
+        put_checkpoint(self._folder, saved)
+        if self._commits is not None:
+            place = round_place(number)
+            if why := self._commits.commit(place, [*names, checkpoint_file(number)], federation.record.lines):
+                self._emit(Event(f"round {number} is not in the results store yet, and goes with the next ({why})"))
+        prune(self._folder)
+        self._log()
+
+    def _log(self) -> None:
+        self._tracker.log_round(self._logged["round"], self._logged["metrics"], self._logged["time"])
 
     def _state(self) -> dict[str, Any]:
         return self._federation.server.state.tensors
@@ -287,7 +330,8 @@ class Recorder:
     def keep_record(self) -> None:
         """Adds to the file what the record has grown by."""
         lines = self._federation.record.lines
-        self._folder.append(RECORD, b"".join(line + b"\n" for line in lines[self._recorded :]))
+        if self._recorded < len(lines):
+            self._folder.append(RECORD, b"".join(line + b"\n" for line in lines[self._recorded :]))
         self._recorded = len(lines)
 
     def _summary(self, scores: Scores) -> dict[str, Any]:
@@ -300,6 +344,22 @@ class Recorder:
         return dice_metrics("test/dice", "test_dice", after) | dice_metrics(
             "test/dice_before", "test_dice_before", self._before
         )
+
+
+def ended_outcome(config: Config, run: str) -> Outcome:
+    """The outcome of a run that has come to its end, as its summary.json has it.
+
+    Raises:
+        StoreError: that is not there, or not readable.
+    """
+    summary = read_run_file(results_store(config), run, "summary.json")
+    try:
+        told = json.loads(summary or b"")
+        kept = {one.name: told[one.name] for one in fields(Outcome)}
+        curve = tuple((number, dice) for number, dice in told["curve"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"run {run} has ended, but its summary.json is missing or damaged: remove the run") from error
+    return Outcome(**{**kept, "folder": config.work_dir / "runs" / run, "curve": curve})
 
 
 def summary_of(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a federation leaves behind: one folder with all that is needed to use, compare and repeat it.
 
+run.json       what it was begun with (`pipelines.resume`)
 config.yaml    the resolved configuration             manifest.json      parameters trained, sent and kept local
 adapter/       the result, ready to load              state.safetensors  the global shared state after each round
 initial.safetensors  the state before the first round  record.jsonl       what `fedsam verify` replays
@@ -8,6 +9,9 @@ rounds.csv     a row a round                          ledger.csv         bytes b
 layers.csv     a row a round and LoRA layer: how exact the rule was
 scores.csv     a row a test case                      summary.json       Dice before and after, bytes, minutes
 pictures/      an overlay a site, Dice by site
+checkpoints/   all that the next round depends on, after the two newest rounds; gone when the run has ended
+record.lost.jsonl  what a lost driver had recorded of a round that was then repeated
+lease/         who drives the run (`cluster.lease`), where `storage.results` is unset
 unsent/        what `storage.results` has not taken yet (`pipelines.commits`)
 """
 

@@ -1,7 +1,9 @@
 """What all stages share: their arguments, their help, and how an error ends them."""
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +54,13 @@ def config_from(options: argparse.Namespace) -> Config:
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Runs `work`; a `FedsamError` becomes one line on stderr. Returns the exit status."""
+    """Runs `work`; a `FedsamError` becomes one line on stderr. Returns the exit status.
+
+    SIGTERM ends it as Ctrl-C does: what is open is closed, and a run can be resumed.
+    """
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         work()
     except FedsamError as error:
@@ -62,10 +70,24 @@ def guarded(work: Callable[[], None]) -> int:
         where = console.plain(str(error.filename or "a file"))
         console.err.print(f"[bold red]error:[/] {where}: {error.strerror}; check the rights of the file and its folder")
         return FAILED
-    except KeyboardInterrupt:
-        console.err.print("interrupted")
+    except KeyboardInterrupt as error:
+        console.err.print(console.plain(str(error) or "interrupted"))
         return INTERRUPTED
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
+
+
+def interrupt() -> None:
+    """Ends what `guarded` runs, from another thread, wherever it is. Not by SIGINT where that can be helped: a shell's
+    background jobs ignore it."""
+    heeded = callable(signal.getsignal(signal.SIGTERM))
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM if heeded else signal.SIGINT)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt("terminated")
 
 
 def _keys() -> str:

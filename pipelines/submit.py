@@ -14,10 +14,11 @@ from cluster import jobs
 from fedsam_core import logs
 from fedsam_core.errors import ClusterError, ConfigError
 from pipelines.config import Config, as_overrides
+from pipelines.resume import resume_command
 from pipelines.stage import add_config_arguments, config_from, guarded
 from pipelines.study import Study, load_study
 
-STAGES = ("doctor", "prepare", "federate", "ablate", "centralize", "evaluate")
+STAGES = ("doctor", "prepare", "federate", "resume", "ablate", "centralize", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="fedsam submit",
         description="Runs a stage as a job on a Ray cluster and follows its log. Ctrl-C stops the job.",
         epilog="example: fedsam submit federate --address http://127.0.0.1:8265 --config hippocampus "
-        "cohort.path=/data/Task04_Hippocampus; with ablate the study comes first: fedsam submit ablate STUDY key=value",
+        "cohort.path=/data/Task04_Hippocampus; with ablate the study comes first, with resume the run: fedsam submit "
+        "ablate STUDY key=value",
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument(
@@ -38,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _command(options: argparse.Namespace) -> list[str]:
+    if options.stage == "resume":
+        if not options.overrides or "=" in options.overrides[0]:
+            raise ConfigError("which run? write `fedsam submit resume RUN key=value ...`")
+        return resume_command(options.overrides[0], options.overrides[1:])
     if options.stage != "ablate":
         return stage_command(options.stage, config_from(options))
     if not options.overrides or "=" in options.overrides[0].partition("{")[0]:

@@ -5,19 +5,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from cluster.lease import Stopped
 from cluster.placement import Node, plan
 from cluster.sending import NAME_TAG
 from cluster.site import SitePool
 from cluster.trials import Tell
+from fedsam_core.errors import TrialError
 from fedsam_core.federation.engine import Engine, in_process
 from fedsam_core.federation.preparation import PreparedSites
 from fedsam_core.federation.site import SiteSpec
+from fedsam_core.hashing import stable_hash
 from fedsam_core.sam.backbones import manifest_for
 from pipelines.baselines import centralized, local, zero_shot
 from pipelines.federate import check_sites, ray_engine, run_federation, site_factory
 from pipelines.parts import parts_of
-from pipelines.recorder import Event, Outcome
+from pipelines.recorder import Event, Outcome, ended_outcome
 from pipelines.results import TrialResult
+from pipelines.resume import FinishedRun, compared
 from pipelines.sources import code_hash
 from pipelines.study import Trial
 
@@ -100,7 +104,15 @@ def run_trial(task: Task, tell: Tell, kept: dict[str, Any]) -> TrialResult:
             return in_process(specs, site_factory(config))
         return ray_engine(config, kept.setdefault(_POOL, SitePool()), specs)
 
-    outcome = run_federation(config, cohort, open_engine, look_on, task.parent, task.tags)
+    # Named by what it is: a trial that was lost with its study goes on from its last round.
+    run = f"{task.study}-{task.id}-{stable_hash(compared(config.model_dump(mode='json')))[:6]}"
+    try:
+        named = config.model_copy(update={"run": run})
+        outcome = run_federation(named, cohort, open_engine, look_on, task.parent, task.tags)
+    except Stopped as why:  # by `fedsam stop`: this trial alone, which goes on when the study is called again
+        raise TrialError(str(why)) from None
+    except FinishedRun:  # the study was lost before it could note the result
+        outcome = ended_outcome(config, run)
     return _federated(task, outcome)
 
 

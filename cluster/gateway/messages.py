@@ -81,6 +81,16 @@ class Delivered(_Fields):
     delivered: bytes
 
 
+class Answered(_Fields):
+    state_hash: str
+
+
+class Known(_Fields):
+    attempt: int = Field(ge=0)
+    opened: dict[str, list[str]]
+    kept: list[int] | None
+
+
 class FromState(Delivered):
     state: bytes | None
     step: bytes | None = None
@@ -190,6 +200,7 @@ METHODS: dict[Kind, dict[str, tuple[type[_Fields], type[_Fields]]]] = {
         **_LIFE,
         **_SUM,
         "open": (Nothing, Opened),
+        "answered": (Answered, Known),
         "weigh": (Delivered, Value),
         "fit": (FromState, Value),
         "project": (Project, Value),

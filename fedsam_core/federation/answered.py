@@ -47,6 +47,16 @@ class Answered:
                     "remove it once the run is over"
                 ) from error
 
+    @property
+    def last(self) -> int:
+        """The number of the last attempt that was entered; 0 before the first."""
+        return max(0, self._run.attempt)
+
+    def opened_of(self, state_hash: str) -> dict[str, list[str]]:
+        """The survivors of the sums of a state, and of those of none, that were opened: by `topic`."""
+        wanted = ("", state_hash[:32])
+        return {name: list(sites) for name, sites in self._run.opened.items() if name.split(" ")[1] in wanted}
+
     def enter(self, attempt: Attempt) -> None:
         """Notes the attempt before anything is answered in it.
 
@@ -65,12 +75,12 @@ class Answered:
     def check(self, attempt: Attempt, about: str, survivors: tuple[str, ...], follows: str | None = None) -> None:
         """Raises OpenedBefore where a sum about the same, or the one that this one `follows`, was opened for other
         survivors, or the latter not at all."""
-        if follows is not None and self._run.opened.get(_topic(attempt, follows)) != survivors:
+        if follows is not None and self._run.opened.get(topic(attempt, follows)) != survivors:
             raise OpenedBefore(
                 f"the {about} sum goes on from the {follows} sum of this state, which was not opened for just "
                 f"{', '.join(survivors)}: the two would show the difference"
             )
-        before = self._run.opened.get(_topic(attempt, about))
+        before = self._run.opened.get(topic(attempt, about))
         if before is not None and before != survivors:
             raise OpenedBefore(
                 f"the {about} sum of this state was opened for {', '.join(before)} before: opening it for "
@@ -80,7 +90,7 @@ class Answered:
     def open(self, attempt: Attempt, about: str, survivors: tuple[str, ...], follows: str | None = None) -> None:
         """Notes that this site helps to open a sum, before it does. Raises as `check`."""
         self.check(attempt, about, survivors, follows)
-        opened = {**self._run.opened, _topic(attempt, about): survivors}
+        opened = {**self._run.opened, topic(attempt, about): survivors}
         self._note(self._run.model_copy(update={"opened": opened}))
 
     def _note(self, entry: _Run) -> None:
@@ -89,7 +99,7 @@ class Answered:
         self._run = entry
 
 
-def _topic(attempt: Attempt, about: str) -> str:
+def topic(attempt: Attempt, about: str) -> str:
     """What a sum is about. Training is another in every round, as its draws are; all else is of the state alone."""
     trained = about.startswith(("update", "magnitudes"))
     return f"{about} {attempt.model_hash[:32]}" + (f" {attempt.round}" if trained else "")

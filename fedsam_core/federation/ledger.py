@@ -1,8 +1,8 @@
 """The byte ledger: what crossed the wire, counted on the serialized messages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Direction = Literal["up", "down"]
 
@@ -51,6 +51,10 @@ class Ledger:
     def rows(self) -> list[dict[str, str | int]]:
         """The entries as flat dictionaries, for a table."""
         return [asdict(e) for e in self._entries]
+
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Goes on from the rows of a run that was left off. Raises TypeError for others."""
+        self._entries = [Entry(**row) for row in rows]
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries)

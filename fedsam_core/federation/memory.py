@@ -2,41 +2,37 @@
 
 Local layers, optimiser state, a control variate (SCAFFOLD), what its noise is drawn from: such values belong to one
 site, are never sent and are in no checkpoint of the driver's. So that a round that is repeated starts from what it
-started from, the state after the round before it is kept beside the newest one. A round that is saved ends all later
-ones: they follow from a course that the run has left.
+started from, the states after earlier rounds are kept beside the newest one. Three of them: a driver announces a round
+when the one before is committed, and one that resumes goes back behind that round only if its checkpoint is damaged. A
+round that is saved ends all later ones: they follow from a course that the run has left.
 
 What a round's training gave is *held* before the update leaves, and kept once the update is in a sum: a site that is
 lost in between does not know whether it is, and is told in the next round (`settle`).
 
     FOLDER/held-000005.safetensors     the same, of the round that is not settled
-    FOLDER/settled.json                for which round it was settled last, and the last round that counted then
+    FOLDER/settled.json                by round for which it was settled, the last round that counted then
     FOLDER/round-000004.safetensors    mode 0600 in a folder of mode 0700; arrays by name, any dtype that numpy and
-                                       safetensors share; in the header `layout_hash`, and `sha256` over names, dtypes,
-                                       shapes and values
+                                       safetensors share; in the header `layout_hash`, and `sha256` over it and names,
+                                       dtypes, shapes and values
 
 The values derive from the site's patients, as the keys do not: the folder is no place to share.
 """
 
-import hashlib
 import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from fedsam_core.data.files import write_atomic, write_failed
 from fedsam_core.errors import CheckpointError, DataError
+from fedsam_core.federation.sealed import Array, seal, unseal
 
 _log = logging.getLogger(__name__)
 
-KEPT = 2  # rounds: the newest, and the one before, from which the newest can be repeated
-
-Array = np.ndarray[Any, Any]
+KEPT = 3  # rounds: the one under way, the one that it goes on from, and the one before, should that be damaged
 
 _FILE = re.compile(r"round-(\d{6,})\.safetensors")
 _SETTLED = "settled.json"
@@ -44,7 +40,7 @@ _HELD = re.compile(r"held-(\d{6,})\.safetensors")
 
 
 class SiteMemory:
-    """Named arrays by round, the two newest rounds of them. Arrays are copied on their way in and out."""
+    """Named arrays by round, the newest rounds of them. Arrays are copied on their way in and out."""
 
     def __init__(self, folder: Path | None, layout_hash: str) -> None:
         """
@@ -61,7 +57,7 @@ class SiteMemory:
         self._layout_hash = layout_hash
         self._in_ram: dict[int, dict[str, Array]] = {}
         self._held_in_ram: dict[int, dict[str, Array]] = {}  # of one round, at most
-        self._settled_in_ram: tuple[int, int] | None = None
+        self._settled_in_ram: dict[int, int] = {}
         if folder is not None:
             try:
                 close_folder(folder)
@@ -129,13 +125,13 @@ class SiteMemory:
         restart would get a second update of the round, from another memory, and see by how much the two differ. Raises
         as `save`.
         """
-        told = self._settled()
-        if told is not None and told[0] == round:
-            counted = told[1]
-        elif self._folder is None:
-            self._settled_in_ram = (round, counted)
+        settled = self._settled()
+        if round in settled:
+            counted = settled[round]
         else:
-            write_atomic(self._folder / _SETTLED, json.dumps([round, counted]).encode())
+            settled[round] = counted
+            if self._folder is not None:
+                write_atomic(self._folder / _SETTLED, json.dumps(sorted(settled.items())).encode())
         self.keep(counted)
         for number in self._held:
             if number < round:
@@ -144,18 +140,17 @@ class SiteMemory:
             if counted < number < round:
                 self._remove(number)
 
-    def _settled(self) -> tuple[int, int] | None:
-        """The round for which it was settled last, and what was told."""
+    def _settled(self) -> dict[int, int]:
+        """By round, what was told first: all of them, as a driver that resumes a run may go back behind the last."""
         if self._folder is None:
             return self._settled_in_ram
         path = self._folder / _SETTLED
         try:
-            round, counted = json.loads(path.read_bytes())
+            return {int(round): int(counted) for round, counted in json.loads(path.read_bytes())}
         except FileNotFoundError:
-            return None
+            return {}
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is unreadable ({type(error).__name__}): {_FIX}") from error
-        return int(round), int(counted)
 
     @property
     def _held(self) -> tuple[int, ...]:
@@ -170,9 +165,7 @@ class SiteMemory:
         return tuple(sorted(int(match[1]) for match in found if match))
 
     def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
-        copies = _copies(arrays)
-        about = json.dumps({"layout_hash": self._layout_hash, "sha256": _digest(copies)}, sort_keys=True)
-        write_atomic(path, save(copies, metadata={"fedsam": about}))
+        write_atomic(path, seal(arrays, self._layout_hash))
         try:
             path.chmod(0o600)
         except OSError as error:
@@ -215,21 +208,16 @@ class SiteMemory:
     def _read(self, path: Path) -> dict[str, Array]:
         """Raises CheckpointError."""
         try:
-            data = path.read_bytes()
-            arrays = {name: np.array(value) for name, value in load(data).items()}
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            about = json.loads(header["__metadata__"]["fedsam"])
-            layout, digest = about["layout_hash"], about["sha256"]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path} is unreadable ({reason}): {_FIX}") from error
+            arrays, layout = unseal(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path} is unreadable ({error.strerror}): {_FIX}") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is {error}: {_FIX}") from error
         if layout != self._layout_hash:
             raise CheckpointError(
-                f"{path.parent} keeps a site's values for another selection or model (layout {str(layout)[:12]}, not "
+                f"{path.parent} keeps a site's values for another selection or model (layout {layout[:12]}, not "
                 f"{self._layout_hash[:12]}): give this run a folder of its own, or remove that one"
             )
-        if digest != _digest(arrays):
-            raise CheckpointError(f"{path} is damaged, its values are not those that were written: {_FIX}")
         return arrays
 
     def _remove(self, number: int) -> None:
@@ -270,13 +258,3 @@ def _copies(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 _FIX = "restore it, or remove it and let the site go on from an earlier round of its memory, or without any"
-
-
-def _digest(arrays: Mapping[str, Array]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and values, in the names' order."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        value = arrays[name]
-        digest.update(json.dumps([name, value.dtype.str, list(value.shape)]).encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()

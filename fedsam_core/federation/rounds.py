@@ -6,7 +6,7 @@ business of whoever calls.
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, Literal
@@ -14,11 +14,14 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsam_core import __version__
-from fedsam_core.errors import RoundError
+from fedsam_core.errors import CheckpointError, RoundError
+from fedsam_core.federation.answered import topic
 from fedsam_core.federation.attendance import Attendance, Patience
+from fedsam_core.federation.checkpoint import Checkpoint
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.lanes import Precision, Round, layout_of
 from fedsam_core.federation.ledger import Ledger
+from fedsam_core.federation.memory import KEPT
 from fedsam_core.federation.rejoining import Enough, Rejoining
 from fedsam_core.federation.server import Course, LoraReport, Server, Step
 from fedsam_core.federation.site import SiteSpec
@@ -153,15 +156,22 @@ class Federation:
         self._held: dict[str, str] = {}  # which global state each site holds, by hash: nothing is sent twice
         self._before = ""  # hash of the global state before the present one
         self._step = b""  # what leads from it to the present one
+        self._total: float | None = None  # weight of all sites, once it is known
+        self.done = 0  # rounds that are finished
+        self.forgetful: tuple[str, ...] = ()  # sites that have lost what they kept of a run that goes on
+        self._bound: dict[str, list[str]] = {}  # sums that a lost driver had opened: of these sites only, by topic
 
-    def open(self, state: State) -> None:
+    def open(self, state: State, saved: Checkpoint | None = None, record: Sequence[bytes] = ()) -> None:
         """Opens every site for a run that starts from `state`, and settles whose keys count: those of the configured
         roster, which every site holds itself; else of a development roster that the driver collects and nobody vouches
         for.
 
+        With `saved`, which `save` gave, and the record up to then, the run goes on from there.
+
         Raises:
             RoundError: a site cannot take part, was opened with another layout, or has another key than the roster's.
-            SecureSumError: the roster's file cannot be used.
+            CheckpointError: `saved` is of another run, or does not belong to the record.
+            SecureSumError: the roster's file cannot be used, or the record is none.
         """
         replies, lost = self._ask("open", {site: {} for site in self.engine.sites})
         if lost:
@@ -181,34 +191,41 @@ class Federation:
                     f"site {site} pins another roster than {self.config.roster}: compare them (`fedsam keys show`)"
                 )
         self.sites = replies
-        self.record.add(
-            "run",
-            protocol=PROTOCOL,
-            version=__version__,
-            run=self.run,
-            config_hash=self.config_hash,
-            layout_hash=self.manifest.layout_hash,
-            weights_hash=self._weights_hash,
-            settings_hash=self._settings_hash,
-            roster_hash=self._pinned.hash if self._pinned else "",
-            sites=list(self.engine.sites),
-            classes=self.classes,
-            about=self._about,
-            secure_sum=self.config.secure_sum,
-            seed=self._seed,
-            federation=self.config.model_dump(mode="json", exclude={"roster", "key_dir", "site_dir"}),
-        )
         self._server = Server(self._round(1), state)
         self._held = {site: reply["state_hash"] for site, reply in replies.items()}
         for site, reply in replies.items():
             if self._pinned is not None and self._pinned.key(site).hex() != reply["identity"]:
                 raise RoundError(f"site {site} has another key than {self.config.roster} pins for it")
+        if saved is None:
+            self.record.add("run", **self._beginning())
+        else:
+            self._restore(saved, record)
+        if saved is not None or self._pinned is not None:
+            self._go_on(saved)
         lost = self._enroll(self.engine.sites)
         if lost and self._pinned is not None:
             raise RoundError("; ".join(f"site {site} refuses the roster: {why}" for site, why in sorted(lost.items())))
         for site, why in lost.items():
             self.attendance.lose(site, why, failed=False)
-        self.record.add("state", round=0, state_hash=self.server.state.hash, sums=[])
+        if saved is None:
+            self.record.add("state", round=0, state_hash=self.server.state.hash, sums=[])
+
+    def save(self) -> Checkpoint:
+        """The run after the last finished round, for `open` to go on from."""
+        facts = {
+            "run": self.run,
+            "round": self.done,
+            "state_hash": self.server.state.hash,
+            "attempts": self._attempts,
+            "total": self._total,
+            "sites": self.sites,
+            "attendance": self.attendance.to_dict(),
+            "patience": self.patience.to_dict(),
+            "ledger": self.ledger.rows(),
+            "record": {"lines": len(self.record.lines), "head": self.record.head},
+            **self.server.facts(),
+        }
+        return Checkpoint(self.manifest.layout_hash, self.server.arrays(), facts)
 
     @property
     def server(self) -> Server:
@@ -221,6 +238,11 @@ class Federation:
         """What all sites' updates weigh together: from the first secure sum, unless all weigh alike."""
         if self.config.weights == "equal":
             return float(len(self.engine.sites))
+        if self._total is None:
+            self._total = self._weigh()
+        return self._total
+
+    def _weigh(self) -> float:
         # Of all sites, with SCAFFOLD: the common variate is a sum of shares of the whole. It cannot be weighed again
         # later, as the same question is not answered for other survivors.
         needed = len(self.engine.sites) if self.config.scaffold else 0
@@ -263,7 +285,7 @@ class Federation:
         step = course.finish()
         self.failed = failed
         self.attendance.close(round_number, next(one for one in totals if one.about == "update").contributors)
-        self._before, self._step = before, step.message
+        self._before, self._step, self.done = before, step.message, round_number
         self.record.add("state", round=round_number, state_hash=step.state.hash, sums=[total.entry for total in totals])
         return step, tuple(totals)
 
@@ -292,6 +314,80 @@ class Federation:
             by_site={site: told[site]["summary"] for site in sorted(told) if told[site]["summary"]},
             pictures={site: told[site]["picture"] for site in sorted(told) if told[site]["picture"]},
         )
+
+    def _beginning(self) -> dict[str, Any]:
+        """What the record begins with: all that the sites sign for, and what it was made from."""
+        return {
+            "protocol": PROTOCOL,
+            "version": __version__,
+            "run": self.run,
+            "config_hash": self.config_hash,
+            "layout_hash": self.manifest.layout_hash,
+            "weights_hash": self._weights_hash,
+            "settings_hash": self._settings_hash,
+            "roster_hash": self._pinned.hash if self._pinned else "",
+            "sites": list(self.engine.sites),
+            "classes": self.classes,
+            "about": self._about,
+            "secure_sum": self.config.secure_sum,
+            "seed": self._seed,
+            "federation": self.config.model_dump(mode="json", exclude={"roster", "key_dir", "site_dir"}),
+        }
+
+    def _restore(self, saved: Checkpoint, record: Sequence[bytes]) -> None:
+        """Takes the record and the server's state of a run that was left off.
+
+        Raises:
+            CheckpointError: they do not belong together, or this run is set up otherwise.
+            SecureSumError: the record is none.
+        """
+        facts = saved.facts
+        self.record.restore(record)
+        if (len(record), self.record.head) != (facts["record"]["lines"], facts["record"]["head"]):
+            raise CheckpointError(f"the checkpoint of round {saved.round} does not belong to the record of the run")
+        begun, now = json.loads(record[0]), self._beginning()
+        for key in sorted(now.keys() - {"about", "version", "federation"}):
+            if begun.get(key) != now[key]:
+                raise CheckpointError(
+                    f"run {self.run} was begun with another {key} ({begun.get(key)}, now {now[key]}): go on with the "
+                    "configuration, code, backbone and sites that it was begun with"
+                )
+        if saved.layout_hash != self.manifest.layout_hash:
+            raise CheckpointError(f"the checkpoint of round {saved.round} is of another selection or model")
+        self.server.load(saved.arrays, facts)
+        if self.server.state.hash != facts["state_hash"]:
+            raise CheckpointError(f"the checkpoint of round {saved.round} does not hold the state that it names")
+        self.ledger.restore(facts["ledger"])
+        self.attendance.restore(facts["attendance"])
+        for site in self.attendance.away:
+            self.attendance.take_back(site)  # it has just opened
+        self.patience.restore(facts["patience"])
+        self._attempts, self._total, self.done = int(facts["attempts"]), facts["total"], saved.round
+
+    def _go_on(self, saved: Checkpoint | None) -> None:
+        """Asks the sites what a driver that was lost had begun with them, and goes on behind it.
+
+        Raises:
+            RoundError: a site no longer has what it kept after the round that the run goes on from.
+        """
+        known, lost = self._ask(
+            "answered", {site: {"state_hash": self.server.state.hash} for site in self.engine.sites}
+        )
+        if lost:
+            raise RoundError("; ".join(f"site {site} cannot take part: {why}" for site, why in sorted(lost.items())))
+        for site, told in sorted(known.items()):
+            self._bound |= told["opened"]
+            if self.done and len(told["kept"] or ()) >= KEPT and min(told["kept"]) > self.done:
+                raise RoundError(
+                    f"site {site} keeps what it had after rounds {', '.join(map(str, told['kept']))}, the run would go "
+                    f"on from round {self.done}: resume it where the later rounds are, or begin a new run"
+                )
+        self.forgetful = tuple(site for site in sorted(known) if self.done and known[site]["kept"] == [])
+        last = max([self._attempts, *(told["attempt"] for told in known.values())])
+        if saved is not None or last > self._attempts:
+            # Numbers of attempts are used once: what a lost driver did with those in between is in no record.
+            self.record.add("resumed", round=self.done, attempts=last, version=__version__, about=self._about)
+        self._attempts = last
 
     def _round(self, number: int) -> Round:
         return Round(number, self._seed, self._sites_of_run, self.manifest, self.classes, self.config)
@@ -406,6 +502,7 @@ class Federation:
             sites=sites,
             threshold=default_threshold(len(sites)),
         )
+        how = self._as_opened(how, topic(attempt, task.about))
         left_out = {**how.left_out, **self.attendance.left_out(round_number)}
         relay = Relay(self.engine, attempt, task, self.ledger, self.patience, left_out, needed)
         open_sum = plain_sum if self.config.secure_sum == "plain" else secure_sum
@@ -425,9 +522,15 @@ class Federation:
             self._held |= dict.fromkeys(total.contributors, attempt.model_hash)
         return total
 
+    def _as_opened(self, how: Contribution, name: str) -> Contribution:
+        """Without the sites that were not in the same sum when a lost driver had it opened: the others refuse them."""
+        absent = set(self.engine.sites) - set(self._bound.get(name, self.engine.sites))
+        why = dict.fromkeys(absent, "was not in this sum when it was opened, before the driver was lost")
+        return replace(how, left_out={**how.left_out, **why})
+
 
 def run_rounds(federation: Federation, on_round: Callable[[RoundReport, GlobalState], None]) -> GlobalState:
-    """Trains for the configured number of rounds.
+    """Trains until the configured number of rounds is done.
 
     Args:
         federation: with open sites.
@@ -441,7 +544,7 @@ def run_rounds(federation: Federation, on_round: Callable[[RoundReport, GlobalSt
     """
     config, ledger = federation.config, federation.ledger
     weight = federation.total_weight()
-    for number in range(1, config.rounds + 1):
+    for number in range(federation.done + 1, config.rounds + 1):
         started = monotonic()
         before = federation.server.state
         step, totals = federation.train(number, weight)

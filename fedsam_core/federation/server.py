@@ -45,6 +45,8 @@ from fedsam_core.secagg.layout import VectorLayout
 
 Vector = NDArray[np.float64]
 
+_STRATEGY = "strategy/"
+
 
 @dataclass(frozen=True)
 class LoraReport:
@@ -104,6 +106,46 @@ class Server:
         self.control_residual = np.zeros(manifest.shared_size)  # the same of the common control variate
         self.strategy = ServerStrategy(config.strategy, manifest.shared_size)
         self.accountant = accountant(about) if config.privacy is not None else None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What the next round depends on, as far as it is arrays: "vector" and "control" of the state, "residual" and
+        "control_residual" where steps are coded, "strategy/NAME" for the strategy's moments; [shared size] each."""
+        found: dict[str, NDArray[Any]] = {"vector": self.state.vector}
+        if self.state.control is not None:
+            found["control"] = self.state.control
+        if self._first.config.broadcast_bits != 32:
+            found["residual"] = self.residual
+            if self.state.control is not None:
+                found["control_residual"] = self.control_residual
+        return found | {f"{_STRATEGY}{name}": moment for name, moment in self.strategy.arrays().items()}
+
+    def facts(self) -> dict[str, Any]:
+        """The rest, as JSON values: "clips", and under differential privacy "spent", the contributors of each sum."""
+        return {"clips": self.clips, "spent": [] if self.accountant is None else self.accountant.rounds}
+
+    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+        """Goes on from what `arrays` and `facts` gave, bit for bit.
+
+        Raises:
+            CheckpointError: they are another configuration's.
+        """
+        moments = {name.removeprefix(_STRATEGY): array for name, array in arrays.items() if name.startswith(_STRATEGY)}
+        self.strategy.load(moments)
+        own = self.arrays()
+        if set(arrays) != set(own):
+            odd = ", ".join(sorted(set(arrays) ^ set(own)))
+            raise CheckpointError(f"the checkpoint is of another configuration: {odd} is in only one of the two")
+        for name, array in own.items():
+            if (arrays[name].shape, arrays[name].dtype) != (array.shape, array.dtype):
+                raise CheckpointError(f"the checkpoint is of another selection: its {name} is {arrays[name].shape}")
+        control = arrays["control"].copy() if "control" in arrays else None
+        self.state = GlobalState(self._first.manifest, arrays["vector"].copy(), control)
+        self.residual = arrays.get("residual", self.residual).copy()
+        self.control_residual = arrays.get("control_residual", self.control_residual).copy()
+        self.clips = {str(name): float(clip) for name, clip in facts["clips"].items()}
+        if self.accountant is not None:
+            for contributors in facts["spent"]:
+                self.accountant.spend(int(contributors))
 
     def begin(self, number: int, total: float) -> "Course":
         """The course of a round's sums; `total` is the weight of all sites."""

@@ -198,6 +198,16 @@ class FederatedSite(SummingSite):
             "precision": "bf16" if site.learner.autocast else "fp32",
         }
 
+    def answered(self, state_hash: str) -> dict[str, Any]:
+        """For a driver that goes on with a run, which it may have lost in the midst of a sum: what this site knows.
+
+        Returns:
+            "attempt": the last one that it entered. "opened": the survivors of each sum of that state, which it opens
+            for no others. "kept": the rounds after which it keeps values of its own; None where it keeps none.
+        """
+        kept = list(self._site.memory.rounds) if self._keeps else None
+        return {"attempt": self._answered.last, "opened": self._answered.opened_of(state_hash), "kept": kept}
+
     def weigh(self, delivered: bytes) -> bytes:
         """Contributes what this site's updates weigh: its training slices, its training cases, or 1."""
         with self._logged("weigh"):

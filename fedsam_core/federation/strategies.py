@@ -94,14 +94,6 @@ class ServerStrategy:
         # As in the paper, without Adam's correction of the first rounds: `square` starts at tau^2 instead of at 0.
         return rate * momentum / (np.sqrt(square) + self.config.adaptivity)
 
-    def reset(self, index: Index) -> None:
-        """Takes the moments at these places back to where they started: the values there have a new meaning.
-
-        For product rules, which give LoRA's factors a new basis: a momentum in the old one points nowhere.
-        """
-        for name, start in _starts(self.config).items():
-            self._moments[name][index] = start
-
     def arrays(self) -> dict[str, Vector]:
         """Copies of the moments by name, float64 [size] each; `load` goes on from them bit for bit. FedAvg has none."""
         return {name: moment.copy() for name, moment in self._moments.items()}

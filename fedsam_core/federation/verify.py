@@ -42,6 +42,8 @@ from fedsam_core.selection import ParameterManifest
 Status = Literal["ok", "failed", "not checked"]
 Entry = Mapping[str, Any]
 
+_NAMED = 20  # lost attempts that are listed; a record may claim any number
+
 
 @dataclass(frozen=True)
 class Check:
@@ -158,7 +160,7 @@ class _Replay:
         first = self.only("run")
         if len(first) != 1 or first[0]["sequence"] != 0:
             raise _Wrong(f"the record has {len(first)} beginnings of a run, and it should start with one")
-        strangers = {entry["kind"] for entry in self.entries} - {"run", "roster", "state", "sum", "failed"}
+        strangers = {entry["kind"] for entry in self.entries} - {"run", "roster", "state", "sum", "failed", "resumed"}
         if strangers:
             raise _Wrong(f"the record has entries of an unknown kind: {', '.join(map(repr, sorted(strangers)))}")
         if first[0]["secure_sum"] != first[0]["federation"]["secure_sum"]:
@@ -197,8 +199,15 @@ class _Replay:
 
     def attempts(self) -> str:
         run, number = self.only("run")[0], 0
-        entries = self.only("sum", "failed")
-        for number, entry in enumerate(entries, start=1):
+        lost: list[str] = []
+        for entry in self.only("sum", "failed", "resumed"):
+            if entry["kind"] == "resumed":
+                if not isinstance(entry["attempts"], int) or entry["attempts"] < number:
+                    raise _Wrong(f"entry {entry['sequence']}: the run is resumed before attempt {number}")
+                lost += [str(one) for one in range(number + 1, entry["attempts"] + 1)[:_NAMED]]
+                number = entry["attempts"]
+                continue
+            number += 1
             attempt = attempt_from_dict(entry["attempt"])
             if attempt.attempt != number:
                 raise _Wrong(f"entry {entry['sequence']}: attempt {attempt.attempt} stands where {number} should")
@@ -211,7 +220,14 @@ class _Replay:
             self.unchecked["failed attempts"] = (
                 f"that nobody opened what entry {', '.join(map(str, risky))} says had failed after shares were sent"
             )
-        return f"{number} sums, numbered without a gap; {len(failed)} of them came to nothing and were tried again"
+        if lost:
+            self.unchecked["lost attempts"] = (
+                f"what became of attempt {', '.join(lost)}, which a lost driver had begun: a site opens the sum of a "
+                "state for one set of sites only, but no record shows it"
+            )
+        count, resumed = len(self.only("sum", "failed")), len(self.only("resumed"))
+        gap = f"without a gap but for {resumed} resumptions" if resumed else "without a gap"
+        return f"{count} sums, numbered {gap}; {len(failed)} of them came to nothing and were tried again"
 
     def signatures(self) -> str:
         count = 0
@@ -355,6 +371,11 @@ class _Replay:
                     course.take(task, self._layout(entry), self._lanes(entry), entry["contributors"])
                 else:
                     server = course = None
+            elif entry["kind"] == "resumed":
+                if sums or course is not None:
+                    raise _Wrong(f"{where}: the run is resumed in the midst of round {total + 1}")
+                if entry["round"] != total:
+                    raise _Wrong(f"{where}: the run is resumed after round {entry['round']}, not after {total}")
             elif entry["kind"] == "state" and entry["round"] > 0:
                 total += 1
                 if entry["round"] != total:

@@ -67,6 +67,12 @@ class Chain:
         self.lines: list[bytes] = []
         self.head = GENESIS
 
+    def restore(self, lines: Iterable[bytes]) -> None:
+        """Goes on with the lines of a record. Raises BrokenRecord where they are none."""
+        kept = list(lines)
+        _, self.head = read_chain(kept)
+        self.lines = kept
+
     def add(self, kind: str, **fields: Any) -> None:
         """One entry. `fields` are JSON values; a list of `Received` is taken as it is."""
         if "messages" in fields:

@@ -1,6 +1,7 @@
 """The driver actor: progress while it runs, the run's own errors, and nothing left when it ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,8 +74,14 @@ def test_errors_come_back_as_they_were_raised(ray_cluster):
     assert len(seen) == 2
     with pytest.raises(ray.exceptions.RayTaskError, match="KeyError"):
         drive(make_run(0, "bug"), seen.append)
-    with pytest.raises(ClusterError, match="driver died"):
+    with pytest.raises(ClusterError, match="driver died") as caught:
         drive(make_run(1, "crash"), seen.append)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert re.search(r"pid: \d+", said)  # whose log to look for, and Ray's own reason
+    assert "Worker exit type: " in said
+    assert "causes" not in said
+    assert said.endswith("`fedsam resume RUN` goes on from the last finished round")
 
 
 def test_an_interrupt_ends_the_driver(ray_cluster):

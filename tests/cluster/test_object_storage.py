@@ -264,7 +264,7 @@ def test_rounds_wait_for_a_store_that_is_away(tmp_path, monkeypatch):
         run.finish(["summary.json"], LINES[:5])
     assert str(error.value) == (
         f"{store.url}/runs/r lacks rounds/000003, result ({store.url} cannot be reached). All is in {folder}: once the "
-        f"store can be used again, copy what is in {folder}/unsent to {store.url}/runs/r"
+        f"store can be used again, `fedsam resume r` sends it, or copy what is in {folder}/unsent to {store.url}/runs/r"
     )
     shutil.copytree(folder / "unsent", tmp_path / "store" / "runs" / "r", dirs_exist_ok=True)
     assert fetch_run(store, "r", tmp_path / "mended") == 3

@@ -16,6 +16,7 @@ import pytest
 from fedsam_core.errors import ConfigError, RoundError, TrialError
 from pipelines import trials as trial_module
 from pipelines.ablate import ablate, main, search
+from pipelines.recorder import Recorder
 from pipelines.results import TrialResult
 from pipelines.study import Study, load_study
 
@@ -46,9 +47,9 @@ def study(tmp_path: Path, cohort_folder: Path) -> Callable[..., Study]:
     return make
 
 
-def kept(results: tuple[TrialResult, ...]) -> list[dict[str, Any]]:
+def kept(results: tuple[TrialResult, ...], *without: str) -> list[dict[str, Any]]:
     """All but what differs from run to run."""
-    return [one.model_dump(exclude={"minutes", "run", "mlflow_run"}) for one in results]
+    return [one.model_dump(exclude={"minutes", "run", "mlflow_run", *without}) for one in results]
 
 
 def test_a_study_is_run_once_and_what_is_missing_later(
@@ -78,8 +79,7 @@ def test_a_study_is_run_once_and_what_is_missing_later(
     gone.unlink()
     again = ablate(study(text), "fedsam ablate which")
     assert kept(again) == kept(first)
-    assert [one.run for one in again[:-1]] == [one.run for one in first[:-1]]
-    assert again[-1].run != first[-1].run
+    assert [one.run for one in again] == [one.run for one in first]  # that run had ended: only its note was lost
     assert len(ablate(study(text, "federation.rounds=1"), "x")) == 10
     assert len(list(trials_folder.iterdir())) == 10 + 10
 
@@ -105,7 +105,31 @@ def test_a_study_that_was_killed_goes_on_to_the_same_table(study: Callable[..., 
     resumed = ablate(small, "x")
     assert {f"{one.id}.json": one.run for one in resumed if f"{one.id}.json" in before} == before  # not run twice
     whole = ablate(study(text, "federation.rounds=1", f"work_dir={tmp_path}/other"), "x")
-    assert kept(resumed) == kept(whole)
+    sent = ("bytes_up", "bytes_down")  # a trial that was lost has its sites opened twice
+    assert kept(resumed, *sent) == kept(whole, *sent)
+    assert all(one.bytes_total >= other.bytes_total for one, other in zip(resumed, whole, strict=True))
+
+
+def test_a_trial_that_was_lost_goes_on_from_its_last_round(
+    study: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Recorder.after_round
+
+    def lost(self: Recorder, report: Any, state: Any) -> None:
+        finish(self, report, state)
+        if report.round == 2:
+            raise KeyboardInterrupt
+
+    small = study("selections: [lora]", "federation.rounds=3")
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "after_round", lost)
+        with pytest.raises(KeyboardInterrupt):
+            ablate(small, "x")
+    (resumed,) = ablate(small, "x")
+    record = (tmp_path / "work" / "runs" / resumed.run / "record.jsonl").read_text().splitlines()
+    assert [one["round"] for one in map(json.loads, record) if one["kind"] == "resumed"] == [2]
+    (whole,) = ablate(study("selections: [lora]", "federation.rounds=3", f"work_dir={tmp_path}/other"), "x")
+    assert (resumed.test, resumed.curve) == (whole.test, whole.curve)
 
 
 def test_a_trial_that_fails_is_named_and_run_again(

@@ -57,14 +57,15 @@ def small_specs(prepared: PreparedCohort, selection: LayerSelection | None = Non
     ]
 
 
-def small_federation(engine: Engine, spec: SiteSpec, classes: int = 2) -> tuple[Federation, State]:
-    """A federation with open sites, and the state it starts from."""
+def small_federation(engine: Engine, spec: SiteSpec, classes: int = 2, opened: bool = True) -> tuple[Federation, State]:
+    """A federation with open sites, unless `opened` is False, and the state it starts from."""
     segmenter = build_segmenter(spec.model, classes, spec.selection, seed=derive_seed(SEED, "model"))
     manifest = adapt(segmenter, spec.selection)
     frozen = weights_hash(segmenter, manifest)
     federation = Federation(engine, spec, manifest, classes, frozen)
     state = shared_state(segmenter, manifest)
-    federation.open(state)
+    if opened:
+        federation.open(state)
     return federation, state
 
 

@@ -272,20 +272,6 @@ def replay(config: StrategyConfig, means: list[np.ndarray], active: np.ndarray) 
     return [strategy.step(mean, active) for mean in means]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=kind)
-def test_reset_values_start_anew_and_the_others_go_on(config: StrategyConfig) -> None:
-    rng = np.random.default_rng(4)
-    strategy, untouched, fresh = (ServerStrategy(config, 3) for _ in range(3))
-    for mean in rng.normal(0, 0.01, (4, 3)):
-        strategy.step(mean, ALL)
-        untouched.step(mean, ALL)
-    strategy.reset(np.array([1]))
-    mean = rng.normal(0, 0.01, 3)
-    step = strategy.step(mean, ALL)
-    assert step[1] == fresh.step(mean, ALL)[1]
-    assert step[[0, 2]].tolist() == untouched.step(mean, ALL)[[0, 2]].tolist()
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
