@@ -229,23 +229,26 @@ def test_what_is_held_is_kept_once_it_counts_and_forgotten_otherwise(tmp_path: P
     if on_disk:
         kept = memory()  # the site was restarted between its vector and the opening of the sum
     kept.settle(3, 4)
-    assert kept.rounds == (2, 3)
+    assert kept.rounds == (1, 2, 3)
     kept.hold(4, {"n": np.array([4])})
     kept.settle(3, 5)  # the sum of round 4 was opened without it
-    kept.settle(2, 5)  # nobody changes that any more
+    kept.settle(2, 5)  # nobody changes that any more, nor what was told of an earlier round
+    kept.settle(2, 4)
     if on_disk:
         memory().settle(2, 5)
-    assert kept.rounds == (2, 3)
+        memory().settle(2, 4)
+    assert kept.rounds == (1, 2, 3)
     kept.hold(5, {"n": np.array([5])})
     kept.keep(5)  # it helped to open an attempt that failed, and was not in the next one
     kept.settle(3, 6)
-    assert kept.rounds == (3,)
+    assert kept.rounds == (2, 3)
     latest = kept.before(6)
     assert latest is not None
     assert latest[0] == 3
     assert latest[1]["n"] == [3]
     if on_disk:
-        assert {path.name for path in (tmp_path / "memory").iterdir()} == {"round-000003.safetensors", "settled.json"}
+        rounds = {"round-000002.safetensors", "round-000003.safetensors"}
+        assert {path.name for path in (tmp_path / "memory").iterdir()} == {*rounds, "settled.json"}
         assert (tmp_path / "memory" / "round-000003.safetensors").stat().st_mode & 0o777 == 0o600
 
 

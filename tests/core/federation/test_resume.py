@@ -46,12 +46,13 @@ class Failing:
         self._engine, self._at, self._after = engine, at, after
         self.calls = 0
         self.sites, self.share, self.close = engine.sites, engine.share, engine.close
+        self.poll, self.silent, self.restart = engine.poll, engine.silent, engine.restart
 
-    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float) -> Any:
+    def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float, *rest: Any) -> Any:
         self.calls += 1
         if self.calls == self._at and not self._after:
             raise Lost
-        replies = self._engine.call(method, args, deadline)
+        replies = self._engine.call(method, args, deadline, *rest)
         if self.calls == self._at:
             raise Lost
         return replies
@@ -156,7 +157,7 @@ def test_a_sum_that_a_lost_driver_had_opened_is_opened_for_the_same_sites(
     class Away(Failing):
         """One site is away in round 2, and the driver is lost when that round's sum has just been opened."""
 
-        def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float) -> Any:
+        def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float, *rest: Any) -> Any:
             nonlocal fits
             fits += method == "fit"
             away = {"site-d": "no answer"} if method == "fit" and fits == 2 else {}
