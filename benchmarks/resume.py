@@ -182,7 +182,7 @@ def on_ray(runs: Runs) -> int:
             signals = {"entry point": signal.SIGKILL, "Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
             child.signal(signals[how])
         status, said = child.wait()
-        while alive := {pid for pid in inside if psutil.pid_exists(pid)}:
+        while alive := set(filter(_lives, inside)):
             if time.monotonic() - began > 60:
                 break
             time.sleep(0.1)
@@ -197,6 +197,14 @@ def on_ray(runs: Runs) -> int:
     same = runs.result("on-ray") == runs.result("whole-ray")
     print(f"on Ray, resumed five times: {_said(same)}", flush=True)
     return int(not same or bool(left))
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is there, and not only waits for its parent to take note of its end."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _rounds(said: str) -> int:

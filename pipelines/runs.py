@@ -40,23 +40,28 @@ def show(places: Config) -> None:
     keys = [key for key in store.list("runs/") if key.endswith(f"/{BEGUN}") and key.count("/") == 2]
     found = [begun for key in keys if (begun := read_begun(store, key.split("/")[1])) is not None]
     rows = [row(places, store, begun) for begun in sorted(found, key=lambda one: one.time)]
-    columns = ("run", "begun", "", "rounds", "Dice", "driver last seen")
+    columns = ("run", "begun, UTC", "", "rounds", "Dice", "last seen, UTC")
     console.out.print(console.table(f"runs in {store.url}", columns, rows))
 
 
 def row(places: Config, store: Store, begun: Begun) -> tuple[Any, ...]:
     """Of one run: state, finished rounds of all, Dice on the test cases once it is finished, else on the validation
     cases."""
-    run, rounds = begun.run, begun.config["federation"]["rounds"]
+    run, rounds, time = begun.run, begun.config["federation"]["rounds"], _short(begun.time)
     number, holder = newest(store, run)
     held = holder is not None and not is_over(store, run, number, holder)
     if is_finished(places, store, run):
         told = json.loads(read_run_file(store, run, "summary.json") or b"{}")
-        return run, begun.time, "finished", f"{rounds} of {rounds}", told.get("after", {}).get("dice"), "-"
+        return run, time, "finished", f"{rounds} of {rounds}", told.get("after", {}).get("dice"), "-"
     here = places.model_copy(update={"run": run})
     done = max(0, last_round(here))
     dice = _validation_dice(places, store, run)
-    return run, begun.time, "running" if held else "stopped", f"{done} of {rounds}", dice, last_beat(store, run, number)
+    seen = _short(last_beat(store, run, number))
+    return run, time, "running" if held else "stopped", f"{done} of {rounds}", dice, seen
+
+
+def _short(time: str) -> str:
+    return time[:16].replace("T", " ")
 
 
 def _validation_dice(places: Config, store: Store, run: str) -> float | None:
