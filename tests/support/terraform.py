@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import boto3
 ROOT = Path(__file__).parents[2]
 TERRAFORM = ROOT / "infra" / "terraform"
 REGION = "eu-central-1"
+BUCKET = "kidneys-consortium"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Aws:
     def client(self, service: str, **options: Any) -> Any:
         options = {"aws_access_key_id": "test", "aws_secret_access_key": "test", **options}
         return boto3.client(service, endpoint_url=self.endpoint, region_name=REGION, **options)
+
+
+def copy_of_sources(folder: Path) -> Path:
+    """A copy of infra/terraform, for terraform writes beside its sources."""
+    shutil.copytree(TERRAFORM, folder, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*"))
+    return folder
 
 
 class Terraform:
