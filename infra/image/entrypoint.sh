@@ -22,8 +22,8 @@ secret() { # FILE
 
 # {"site_A": 1, "site_B": 1} of A,B
 resources() {
-  local site list=""
-  for site in ${SITES//,/ }; do
+  local site list="" sites=${SITES:-}
+  for site in ${sites//,/ }; do
     list+="${list:+, }\"site_$site\": 1"
   done
   printf '{%s}' "$list"

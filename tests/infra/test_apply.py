@@ -1,6 +1,5 @@
 """What `terraform apply` made at a server that answers as AWS does (moto), read back through boto3."""
 
-import base64
 import fnmatch
 import json
 import re
@@ -9,7 +8,7 @@ import subprocess
 from urllib.parse import unquote
 
 import pytest
-from support.terraform import BUCKET, REGION
+from support.terraform import BUCKET, REGION, SCRIPTS
 
 SITES = ("site-a", "site-b", "site-c")
 
@@ -68,24 +67,8 @@ def test_ports_are_open_between_those_groups_only_that_need_them(consortium, aws
     assert {way for way in ways[True] if way[0] != "default"} == between | out
 
 
-def machines(aws):
-    """The cluster's living machines by name."""
-    found = {}
-    for reservation in aws.client("ec2").describe_instances()["Reservations"]:
-        for one in reservation["Instances"]:
-            tags = {tag["Key"]: tag["Value"] for tag in one["Tags"]}
-            if tags.get("Fedsam") == "kidneys" and one["State"]["Name"] != "terminated":
-                found[tags["Name"].removeprefix("kidneys-")] = one
-    return found
-
-
-def user_data(aws, machine):
-    reply = aws.client("ec2").describe_instance_attribute(InstanceId=machine["InstanceId"], Attribute="userData")
-    return base64.b64decode(reply["UserData"]["Value"]).decode()
-
-
 def test_machines_have_no_public_address_ask_for_imdsv2_and_have_encrypted_disks(consortium, aws):
-    found = machines(aws)
+    found = aws.machines()
     assert sorted(found) == ["head", *(f"site-{site}" for site in SITES), "tracking"]
     kinds = groups(aws)
     for name, machine in found.items():
@@ -114,7 +97,7 @@ def test_secrets_are_in_parameter_store_and_nowhere_else(consortium, aws):
         values[name] = parameter["Value"]
     assert len(set(values.values())) == 2
     texts = [(consortium.terraform.folder / "terraform.tfstate").read_text(), json.dumps(consortium.outputs)]
-    texts += [user_data(aws, machine) for machine in machines(aws).values()]
+    texts += [aws.user_data(machine) for machine in aws.machines().values()]
     assert not [text for text in texts for value in values.values() if value in text]
 
 
@@ -205,20 +188,20 @@ def test_mlflows_database_is_encrypted_and_private_and_its_password_is_secrets_m
     secret = database["MasterUserSecret"]["SecretArn"]
     assert may(aws, "kidneys-tracking", "secretsmanager:GetSecretValue", secret)
     assert not may(aws, "kidneys-head", "secretsmanager:GetSecretValue", secret)
-    assert f"DATABASE_SECRET='{secret}'" in user_data(aws, machines(aws)["tracking"])
+    assert f"DATABASE_SECRET='{secret}'" in aws.user_data(aws.machines()["tracking"])
 
 
 def test_first_boot_scripts_pass_shellcheck_as_rendered(consortium, aws, tmp_path):
-    for name, machine in machines(aws).items():
-        text = user_data(aws, machine)
+    for name, machine in aws.machines().items():
+        text = aws.user_data(machine)
         assert len(text.encode()) < 16384  # EC2 takes no more
         (tmp_path / name).write_text(text)
-        done = subprocess.run(["shellcheck", tmp_path / name], capture_output=True, text=True)
+        done = subprocess.run([SCRIPTS / "shellcheck", tmp_path / name], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 
 def test_commands_that_are_printed_name_what_is_there(consortium, aws):
-    outputs, found = consortium.outputs, machines(aws)
+    outputs, found = consortium.outputs, aws.machines()
     for output, machine, port in (("tunnel", "head", "8265"), ("tracking_tunnel", "tracking", "5000")):
         words = shlex.split(outputs[output])
         assert words[:3] == ["aws", "ssm", "start-session"]

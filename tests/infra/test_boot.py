@@ -1,25 +1,27 @@
-"""The machines' first boot as Terraform rendered it, run for real: up to a Ray cluster that takes the printed submit line.
+"""The machines' first boot as Terraform rendered it, run up to a Ray cluster that takes the printed submit line.
 
-Amazon's and NVIDIA's programs and Docker are small stand-ins (fakes/); Ray, the token, the ports, resources and labels are
-real. The network is one of the test's own, where the cluster's addresses and port 8265 are free: `make infra-check` makes it.
+Amazon's and NVIDIA's programs and Docker are small stand-ins (fakes/); Ray, token, ports, resources and labels are real.
+The network is one of the test's own, where the cluster's addresses and port 8265 are free: `make infra-check` has
+one.
 """
 
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from support.terraform import BUCKET, ROOT
-from test_apply import machines, user_data
+from support.terraform import BUCKET, ROOT, SCRIPTS
 
 from cluster.placement import Node, SiteNeeds, plan, preflight
 
 FAKES = Path(__file__).parent / "fakes"
+PATH = f"{FAKES}:{SCRIPTS}:{os.environ['PATH']}"
 SITES = ("site-a", "site-b", "site-c")
 GPUS = {"head": 0, "site-site-a": 1, "site-site-b": 1, "site-site-c": 4}
 
@@ -36,19 +38,19 @@ class Booted:
 
     def __init__(self, aws, folder):
         self._aws, self.folder = aws, folder
-        self._found = machines(aws)
+        self._found = aws.machines()
 
     def boot(self, name, gpus=None, first_port=20000, **settings):
         """Runs a machine's user data; returns what it printed."""
         machine = self._found[name]
         run = self.folder / name
         run.mkdir(exist_ok=True)
-        (run / "user-data").write_text(user_data(self._aws, machine))
+        (run / "user-data").write_text(self._aws.user_data(machine))
         arguments = ["--num-cpus=2", f"--object-store-memory={100 * 2**20}", f"--temp-dir={self.folder}/ray"]
         environment = {
             **os.environ,
             **self._aws.environment,
-            "PATH": f"{FAKES}:{os.environ['PATH']}",
+            "PATH": PATH,
             "FAKE_RUN": str(run),
             "FAKE_IP": machine["PrivateIpAddress"],
             "FAKE_TYPE": machine["InstanceType"],
@@ -91,7 +93,7 @@ def booted(own_network, consortium, aws):
     aws.client("s3").put_object(Bucket=BUCKET, Key="hospitals/c/scans/one/image.nii.gz", Body=b"voxels")
     aws.client("s3").put_object(Bucket=BUCKET, Key="sites/site-a/scans/two/image.nii.gz", Body=b"others")
     all_machines = Booted(aws, folder)
-    for machine in machines(aws).values():
+    for machine in aws.machines().values():
         subprocess.run(["ip", "address", "add", f"{machine['PrivateIpAddress']}/32", "dev", "lo"], check=True)
     try:
         for number, name in enumerate(GPUS):
@@ -118,7 +120,7 @@ def nodes(booted, consortium):
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     end = time.monotonic() + 180
     while True:
-        done = subprocess.run(["python", "-c", NODES], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", NODES], env=environment, capture_output=True, text=True)
         told = [line.removeprefix("NODES ") for line in done.stdout.splitlines() if line.startswith("NODES")]
         found = {address: (resources, labels) for address, resources, labels in json.loads(told[0])} if told else {}
         if len(found) == 4:
@@ -128,7 +130,7 @@ def nodes(booted, consortium):
 
 
 def test_nodes_announce_their_site_their_gpus_and_what_they_are(nodes, aws):
-    found = machines(aws)
+    found = aws.machines()
     resources, labels = nodes["10.20.0.10"]
     assert labels["fedsam.io/role"] == "head"
     assert "GPU" not in resources
@@ -184,7 +186,7 @@ def test_containers_have_the_gpus_restart_and_are_told_no_secret(booted, consort
 def test_the_printed_submit_line_runs_a_federation(booted, nodes, consortium, aws):
     line = consortium.outputs["submit"]
     assert "--address http://127.0.0.1:8265 " in line
-    environment = {**os.environ, **aws.environment, "PATH": f"{FAKES}:{os.environ['PATH']}"}
+    environment = {**os.environ, **aws.environment, "PATH": PATH}
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
         environment.pop(name, None)
     done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=500)
@@ -209,7 +211,7 @@ def test_a_machine_without_the_gpus_that_it_is_to_have_does_not_join(own_network
 
 
 def test_without_its_secret_a_machine_gives_up_and_says_which(own_network, consortium, aws, tmp_path):
-    done = Booted(aws, tmp_path).boot("site-site-a", SECRETS="", AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    done = Booted(aws, tmp_path).boot("site-site-a", AWS_ENDPOINT_URL="http://127.0.0.1:1")
     assert done.returncode == 1
     assert "gave up: parameter arn:aws:ssm:" in done.stderr
     assert not list(tmp_path.glob("*/*.pid"))

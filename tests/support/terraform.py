@@ -1,9 +1,11 @@
 """Terraform on a copy of infra/terraform, and a client for a server that answers as AWS does."""
 
+import base64
 import json
 import os
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 TERRAFORM = ROOT / "infra" / "terraform"
 REGION = "eu-central-1"
 BUCKET = "kidneys-consortium"
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))  # the pinned tools', whatever PATH says
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,21 @@ class Aws:
     def client(self, service: str, **options: Any) -> Any:
         options = {"aws_access_key_id": "test", "aws_secret_access_key": "test", **options}
         return boto3.client(service, endpoint_url=self.endpoint, region_name=REGION, **options)
+
+    def machines(self) -> dict[str, Any]:
+        """The living machines of the cluster `kidneys` by name: head, site-ID, tracking."""
+        found = {}
+        for reservation in self.client("ec2").describe_instances()["Reservations"]:
+            for one in reservation["Instances"]:
+                tags = {tag["Key"]: tag["Value"] for tag in one["Tags"]}
+                if tags.get("Fedsam") == "kidneys" and one["State"]["Name"] != "terminated":
+                    found[tags["Name"].removeprefix("kidneys-")] = one
+        return found
+
+    def user_data(self, machine: dict[str, Any]) -> str:
+        """The script of a machine's first boot."""
+        ask = {"InstanceId": machine["InstanceId"], "Attribute": "userData"}
+        return base64.b64decode(self.client("ec2").describe_instance_attribute(**ask)["UserData"]["Value"]).decode()
 
 
 def copy_of_sources(folder: Path) -> Path:
