@@ -1,8 +1,7 @@
 """The machines' first boot as Terraform rendered it, run up to a Ray cluster that takes the printed submit line.
 
-Amazon's and NVIDIA's programs and Docker are small stand-ins (fakes/); Ray, token, ports, resources and labels are real.
-The network is one of the test's own, where the cluster's addresses and port 8265 are free: `make infra-check` has
-one.
+Amazon's and NVIDIA's programs and Docker are small stand-ins (fakes/); Ray, token, ports, resources and labels are
+real. The network is one of the test's own, where the cluster's addresses and port 8265 are free.
 """
 
 import json
