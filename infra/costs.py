@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cohort:
-    """A cohort of the paper: training cases by site, slices of a case (assumed), values that `flap` sends at rank 32."""
+    """A cohort of the paper: training cases by site, slices a case (assumed), values that `flap` sends at rank 32."""
 
     name: str
     train_cases: tuple[int, ...]

@@ -139,3 +139,14 @@ def consortium(storage: Terraform, on_moto: Path, plugin_dir: Path, aws: Aws) ->
         yield Applied(terraform, given, terraform.apply(given))
     finally:
         shutil.rmtree(data, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def objects(storage: Terraform, aws: Aws) -> Any:
+    """An S3 client that may use the bucket although moto has no TLS, which the bucket's policy asks for.
+
+    For tests after those that read the policy.
+    """
+    client = aws.client("s3")
+    client.delete_bucket_policy(Bucket=BUCKET)
+    return client

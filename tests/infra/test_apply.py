@@ -8,6 +8,7 @@ import subprocess
 from urllib.parse import unquote
 
 import pytest
+from botocore.exceptions import ClientError
 from support.terraform import BUCKET, REGION, SCRIPTS
 
 SITES = ("site-a", "site-b", "site-c")
@@ -28,6 +29,8 @@ def test_the_bucket_is_versioned_encrypted_closed_and_tidied(storage, aws):
     assert (statement["Effect"], statement["Action"], statement["Principal"]) == ("Deny", "s3:*", "*")
     assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
     assert sorted(statement["Resource"]) == [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"]
+    with pytest.raises(ClientError, match="403"):  # this client comes without TLS
+        s3.put_object(Bucket=BUCKET, Key="results/plain", Body=b"")
     rules = {one["ID"]: one for one in s3.get_bucket_lifecycle_configuration(Bucket=BUCKET)["Rules"]}
     assert rules["abort-incomplete-uploads"]["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 1}
     assert rules["expire-old-versions"]["NoncurrentVersionExpiration"] == {"NoncurrentDays": 90}
@@ -74,7 +77,8 @@ def test_machines_have_no_public_address_ask_for_imdsv2_and_have_encrypted_disks
     for name, machine in found.items():
         assert machine["MetadataOptions"]["HttpTokens"] == "required"
         assert machine["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
-        assert [kinds[group["GroupId"]] for group in machine["SecurityGroups"]] == [name.partition("-")[0]]
+        (interface,) = machine["NetworkInterfaces"]
+        assert [kinds[group["GroupId"]] for group in interface["Groups"]] == [name.partition("-")[0]]
         assert not machine.get("PublicIpAddress")
         for disk in machine["BlockDeviceMappings"]:
             (volume,) = aws.client("ec2").describe_volumes(VolumeIds=[disk["Ebs"]["VolumeId"]])["Volumes"]

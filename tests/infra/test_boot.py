@@ -85,12 +85,12 @@ class Booted:
 
 
 @pytest.fixture(scope="module")
-def booted(own_network, consortium, aws):
+def booted(own_network, consortium, aws, objects):
     """The head and the three sites, booted, each at its own address."""
     folder = Path(consortium.given["data_dir"]) / "m"
     folder.mkdir()
-    aws.client("s3").put_object(Bucket=BUCKET, Key="hospitals/c/scans/one/image.nii.gz", Body=b"voxels")
-    aws.client("s3").put_object(Bucket=BUCKET, Key="sites/site-a/scans/two/image.nii.gz", Body=b"others")
+    objects.put_object(Bucket=BUCKET, Key="hospitals/c/scans/one/image.nii.gz", Body=b"voxels")
+    objects.put_object(Bucket=BUCKET, Key="sites/site-a/scans/two/image.nii.gz", Body=b"others")
     all_machines = Booted(aws, folder)
     for machine in aws.machines().values():
         subprocess.run(["ip", "address", "add", f"{machine['PrivateIpAddress']}/32", "dev", "lo"], check=True)
@@ -182,7 +182,7 @@ def test_containers_have_the_gpus_restart_and_are_told_no_secret(booted, consort
     assert (settings.parents[1] / "scans" / "one" / "image.nii.gz").read_bytes() == b"voxels"
 
 
-def test_the_printed_submit_line_runs_a_federation(booted, nodes, consortium, aws):
+def test_the_printed_submit_line_runs_a_federation(booted, nodes, consortium, aws, objects):
     line = consortium.outputs["submit"]
     assert "--address http://127.0.0.1:8265 " in line
     environment = {**os.environ, **aws.environment, "PATH": PATH}
@@ -190,7 +190,7 @@ def test_the_printed_submit_line_runs_a_federation(booted, nodes, consortium, aw
         environment.pop(name, None)
     done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    keys = [one["Key"] for one in aws.client("s3").list_objects_v2(Bucket=BUCKET)["Contents"]]
+    keys = [one["Key"] for one in objects.list_objects_v2(Bucket=BUCKET)["Contents"]]
     assert [key for key in keys if key.startswith("results/") and key.endswith("/rounds/000001/commit.json")]
     for site in SITES:
         assert [key for key in keys if key.startswith("cohorts/") and f"/{site}/cases/" in key]

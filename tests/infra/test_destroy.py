@@ -31,22 +31,20 @@ def left(aws):
     return {kind: some for kind, some in found.items() if some}
 
 
-def test_destroying_the_cluster_leaves_the_data_and_nothing_else(consortium, aws):
-    s3 = aws.client("s3")
-    s3.put_object(Bucket=BUCKET, Key="results/kept", Body=b"a result")
+def test_destroying_the_cluster_leaves_the_data_and_nothing_else(consortium, aws, objects):
+    objects.put_object(Bucket=BUCKET, Key="results/kept", Body=b"a result")
     before = left(aws)
     assert {"machines", "networks", "groups", "roles", "secrets", "databases", "alarms"} <= set(before)
     consortium.terraform.destroy()
     assert left(aws) == {}
-    assert s3.get_object(Bucket=BUCKET, Key="results/kept")["Body"].read() == b"a result"
+    assert objects.get_object(Bucket=BUCKET, Key="results/kept")["Body"].read() == b"a result"
 
 
-def test_the_bucket_is_not_destroyed_while_it_holds_an_object(storage, aws):
-    s3 = aws.client("s3")
+def test_the_bucket_is_not_destroyed_while_it_holds_an_object(storage, objects):
     with pytest.raises(AssertionError, match="BucketNotEmpty"):
         storage.destroy()
-    versions = s3.list_object_versions(Bucket=BUCKET)
+    versions = objects.list_object_versions(Bucket=BUCKET)
     for one in [*versions.get("Versions", ()), *versions.get("DeleteMarkers", ())]:
-        s3.delete_object(Bucket=BUCKET, Key=one["Key"], VersionId=one["VersionId"])
+        objects.delete_object(Bucket=BUCKET, Key=one["Key"], VersionId=one["VersionId"])
     storage.destroy()
-    assert s3.list_buckets()["Buckets"] == []
+    assert objects.list_buckets()["Buckets"] == []
