@@ -59,6 +59,7 @@ class Booted:
             # A node that is not the head finds Ray's folder by the head.
             "FAKE_ARGUMENTS": json.dumps(arguments if name == "head" else arguments[:2]),
             "CONTAINER_UID": str(os.getuid()),
+            "CRON_DIR": str(run),
             "BOOT_TRIES": "1",
             **settings,
         }
@@ -179,7 +180,21 @@ def test_containers_have_the_gpus_restart_and_are_told_no_secret(booted, consort
     assert token not in settings.read_text()
     for secret in settings.parent.iterdir():
         assert secret == settings or secret.stat().st_mode & 0o077 == 0
-    assert (settings.parents[1] / "scans" / "one" / "image.nii.gz").read_bytes() == b"voxels"
+
+
+def test_a_sites_own_scans_are_fetched_and_later_ones_too(booted, consortium, aws, objects):
+    scans = Path(consortium.given["data_dir"]) / "scans"
+    assert (scans / "one" / "image.nii.gz").read_bytes() == b"voxels"
+    variable, line = (booted.folder / "site-site-c" / "fedsam-scans").read_text().splitlines()
+    assert line.startswith("*/10 * * * * root aws s3 sync")
+    objects.put_object(Bucket=BUCKET, Key="hospitals/c/scans/later.nii.gz", Body=b"more")
+    objects.put_object(Bucket=BUCKET, Key="sites/site-a/scans/others.nii.gz", Body=b"not c's")
+    environment = {**aws.environment, "PYTHONPATH": "", variable.partition("=")[0]: variable.partition("=")[2]}
+    command = line.partition(" root ")[2]
+    assert subprocess.run(["sh", "-c", command], env=environment, capture_output=True).returncode == 0
+    assert (scans / "later.nii.gz").read_bytes() == b"more"
+    assert not (scans / "others.nii.gz").exists()
+    assert not (booted.folder / "head" / "fedsam-scans").exists()
 
 
 def test_the_printed_submit_line_runs_a_federation(booted, nodes, consortium, aws, objects):

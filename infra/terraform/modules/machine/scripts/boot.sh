@@ -48,8 +48,11 @@ chmod 700 "$folder"
 for secret in $SECRETS; do # FILE=ARN
   patiently parameter "${secret#*=}" "$folder/${secret%%=*}"
 done
+# Scans that the hospital uploads later are there some minutes after.
 if [ -n "${SCANS_URL:-}" ]; then
   patiently aws s3 sync --region "$REGION" --only-show-errors "$SCANS_URL" "$DATA_DIR/scans"
+  again="aws s3 sync --region $REGION --only-show-errors $SCANS_URL $DATA_DIR/scans && chown -R $user $DATA_DIR/scans"
+  printf 'PATH=%s\n*/10 * * * * root %s\n' "$PATH" "$again" >"${CRON_DIR:-/etc/cron.d}/fedsam-scans"
 fi
 chown -R "$user" "$DATA_DIR/fedsam" "$DATA_DIR/scans" "$folder"
 
