@@ -23,7 +23,8 @@ patiently() {
 parameter() { # NAME-OR-ARN FILE
   (
     umask 077
-    aws ssm get-parameter --region "$REGION" --with-decryption --name "$1" --query Parameter.Value --output text >"$2"
+    aws ssm get-parameter --region "$REGION" --with-decryption --name "$1" --query Parameter.Value --output text >"$2.new" &&
+      mv "$2.new" "$2"
   )
 }
 
