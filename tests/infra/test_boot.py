@@ -55,7 +55,7 @@ class Booted:
             "FAKE_TYPE": machine["InstanceType"],
             "FAKE_GPUS": str(GPUS[name] if gpus is None else gpus),
             "FAKE_ENTRYPOINT": str(ROOT / "infra" / "image" / "entrypoint.sh"),
-            "FAKE_ENVIRONMENT": json.dumps({"PORTS": str(first_port)}),
+            "FAKE_ENVIRONMENT": json.dumps({"PORTS": str(first_port), "RAY_raylet_start_wait_time_s": "180"}),
             # A node that is not the head finds Ray's folder by the head.
             "FAKE_ARGUMENTS": json.dumps(arguments if name == "head" else arguments[:2]),
             "CONTAINER_UID": str(os.getuid()),
@@ -118,7 +118,7 @@ def nodes(booted, consortium):
     """The nodes that the head knows, by address: (resources, labels)."""
     token = Path(consortium.given["data_dir"]) / "secrets" / "ray-token"
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    end = time.monotonic() + 180
+    end = time.monotonic() + 400
     while True:
         done = subprocess.run([sys.executable, "-c", NODES], env=environment, capture_output=True, text=True)
         told = [line.removeprefix("NODES ") for line in done.stdout.splitlines() if line.startswith("NODES")]

@@ -81,8 +81,8 @@ class Terraform:
 
     def apply(self, variables: dict[str, Any]) -> dict[str, Any]:
         (self.folder / "terraform.tfvars.json").write_text(json.dumps(variables))
-        self("apply", "-auto-approve", "-input=false")
+        self("apply", "-auto-approve", "-input=false", "-parallelism=30")
         return {name: one["value"] for name, one in json.loads(self("output", "-json")).items()}
 
     def destroy(self) -> None:
-        self("destroy", "-auto-approve", "-input=false")
+        self("destroy", "-auto-approve", "-input=false", "-parallelism=30")
