@@ -55,7 +55,7 @@ class Booted:
             "FAKE_TYPE": machine["InstanceType"],
             "FAKE_GPUS": str(GPUS[name] if gpus is None else gpus),
             "FAKE_ENTRYPOINT": str(ROOT / "infra" / "image" / "entrypoint.sh"),
-            "FAKE_ENVIRONMENT": json.dumps({"PORTS": str(first_port), "RAY_raylet_start_wait_time_s": "180"}),
+            "FAKE_ENVIRONMENT": json.dumps({"PORTS": str(first_port)}),
             # A node that is not the head finds Ray's folder by the head.
             "FAKE_ARGUMENTS": json.dumps(arguments if name == "head" else arguments[:2]),
             "CONTAINER_UID": str(os.getuid()),
@@ -66,6 +66,13 @@ class Booted:
         return subprocess.run(
             ["bash", run / "user-data"], env=environment, capture_output=True, text=True, cwd=run, timeout=120
         )
+
+    def wait_until_up(self, name):
+        """One after the other: nodes that begin at once on one machine take each other's sockets."""
+        end = time.monotonic() + 240
+        while "Ray runtime started" not in self.log(name):
+            assert time.monotonic() < end, self.log(name)[-3000:]
+            time.sleep(0.5)
 
     def log(self, name):
         return (self.folder / name / "fedsam.log").read_text()
@@ -100,6 +107,7 @@ def booted(own_network, consortium, aws, objects):
             done = all_machines.boot(name, first_port=20000 + 1000 * number)
             assert done.returncode == 0, done.stderr
             assert done.stdout.endswith(f"fedsam: started {name.partition('-')[0]}\n")
+            all_machines.wait_until_up(name)
         yield all_machines
     finally:
         all_machines.end()
@@ -118,7 +126,7 @@ def nodes(booted, consortium):
     """The nodes that the head knows, by address: (resources, labels)."""
     token = Path(consortium.given["data_dir"]) / "secrets" / "ray-token"
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    end = time.monotonic() + 400
+    end = time.monotonic() + 120
     while True:
         done = subprocess.run([sys.executable, "-c", NODES], env=environment, capture_output=True, text=True)
         told = [line.removeprefix("NODES ") for line in done.stdout.splitlines() if line.startswith("NODES")]
