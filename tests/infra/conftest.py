@@ -123,12 +123,7 @@ def consortium(storage: Terraform, on_moto: Path, plugin_dir: Path, aws: Aws) ->
         "alarm_email": "ops@hospital.example",
         "monthly_budget_usd": 500,
         "data_dir": str(data),
-        "overrides": [
-            "federation.rounds=1",
-            "learning.local_steps=1",
-            "model.image_size=32",
-            "federation.deadline=300",
-        ],
+        "overrides": ["federation.rounds=1", "learning.local_steps=1", "model.image_size=32"],
         "sites": {
             "site-a": {},
             "site-b": {"spot": True, "instance_type": "g6.xlarge"},
