@@ -123,7 +123,14 @@ def consortium(storage: Terraform, on_moto: Path, plugin_dir: Path, aws: Aws) ->
         "alarm_email": "ops@hospital.example",
         "monthly_budget_usd": 500,
         "data_dir": str(data),
-        "overrides": ["federation.rounds=1", "learning.local_steps=1", "model.image_size=32"],
+        "overrides": [
+            "federation.rounds=1",
+            "learning.local_steps=1",
+            "model.image_size=32",
+            "cohort.phantom.shape=[16, 48, 48]",
+            "cohort.phantom.cases_per_site=4",
+            "cohort.phantom.test_per_site=1",
+        ],
         "sites": {
             "site-a": {},
             "site-b": {"spot": True, "instance_type": "g6.xlarge"},
