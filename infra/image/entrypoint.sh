@@ -66,7 +66,7 @@ case "$role" in
       exec fedsam track serve --folder "$folder" "$@"
     fi
     MLFLOW_AUTH_ADMIN_PASSWORD=$(secret mlflow-password)
-    export MLFLOW_AUTH_ADMIN_PASSWORD PGSSLMODE=require PGPASSFILE=/tmp/pgpass
+    export MLFLOW_AUTH_ADMIN_PASSWORD PGSSLMODE=require PGPASSFILE="${PGPASSFILE:-/tmp/pgpass}"
     # Secrets Manager gives the database a new password each week. libpq reads this file for every connection.
     password() {
       python - <<'PYTHON'

@@ -2,10 +2,13 @@
 
 import copy
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import jsonschema
@@ -71,6 +74,74 @@ def test_the_images_requirements_are_the_projects_and_each_is_pinned():
     plain = lambda name: re.split(r"[\[><=;]", name)[0].lower().replace("_", "-")  # noqa: E731
     pinned = {plain(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert {plain(line) for line in done.stdout.splitlines()} <= pinned
+
+
+def entrypoint(tmp_path, program, arguments, **settings):
+    """What a stand-in for `program` says when the image's entrypoint has become it."""
+    (tmp_path / program).write_text('#!/bin/sh\nprintf "%s\\n" "$@"; env; cat "$PGPASSFILE" 2>/dev/null; true\n')
+    (tmp_path / program).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", **settings}
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [SHELL[0], *arguments], env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+        try:
+            status = process.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it left in the background, as a container's end does
+    return status, (tmp_path / "said").read_text()
+
+
+def test_mlflow_reads_the_databases_password_from_a_file_and_has_it_on_no_command_line(aws, tmp_path):
+    word = json.dumps({"username": "mlflow", "password": "a:b\\c"})
+    secret = aws.client("secretsmanager").create_secret(Name="rds", SecretString=word)["ARN"]
+    (tmp_path / "mlflow-password").write_text("of-the-admin\n")
+    settings = {
+        **aws.environment,
+        "SECRETS": str(tmp_path),
+        "DATA_DIR": "/data",
+        "DATABASE": "postgresql://mlflow@db.example:5432/mlflow",
+        "DATABASE_SECRET": secret,
+        "ARTIFACTS": "s3://bucket/mlflow",
+        "ALLOWED_HOSTS": "10.20.0.11:5000",
+        "PGPASSFILE": str(tmp_path / "pgpass"),
+    }
+    status, said = entrypoint(tmp_path, "fedsam", ["tracking"], **settings)
+    assert status == 0
+    command = said.splitlines()[: said.splitlines().index("10.20.0.11:5000") + 1]
+    assert command[:4] == ["track", "serve", "--folder", "/data/fedsam/mlflow"]
+    assert command[command.index("--backend") + 1] == settings["DATABASE"]
+    assert {"--auth", "s3://bucket/mlflow", "0.0.0.0"} <= set(command)
+    assert {"PGSSLMODE=require", "MLFLOW_AUTH_ADMIN_PASSWORD=of-the-admin"} <= set(said.splitlines())
+    assert said.count("a\\:b\\\\c") == 1  # libpq's escapes; in the file alone
+    assert (tmp_path / "pgpass").stat().st_mode & 0o077 == 0
+    status, said = entrypoint(tmp_path, "fedsam", ["tracking"], **{**settings, "DATABASE_SECRET": "gone"})
+    assert status == 1
+    assert "fedsam: the password of the database cannot be read from Secrets Manager" in said
+
+
+def test_a_laboratorys_head_is_the_node_of_all_its_sites(tmp_path):
+    (tmp_path / "ray-token").write_text("word")
+    status, said = entrypoint(
+        tmp_path, "ray", ["head"], SECRETS=str(tmp_path), NODE_IP="10.0.0.1", SITES="A,site-b", GPUS="2"
+    )
+    assert status == 0
+    options = dict(line[2:].partition("=")[::2] for line in said.splitlines() if line.startswith("--"))
+    assert json.loads(options["resources"]) == {"site_A": 1, "site_site-b": 1}
+    assert options["labels"] == "fedsam.io/role=head"  # of no single site
+    assert (options["num-gpus"], options["dashboard-host"], options["port"]) == ("2", "127.0.0.1", "6379")
+    told = dict(line.partition("=")[::2] for line in said.splitlines())
+    assert told["RAY_AUTH_MODE"] == "token"
+    assert told["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "ray-token")
+
+
+def test_the_entrypoint_runs_commands_as_they_stand_and_says_what_it_lacks(tmp_path):
+    assert entrypoint(tmp_path, "hello", ["hello", "a b"])[1].startswith("a b\n")
+    status, said = entrypoint(tmp_path, "ray", [])
+    assert (status, said) == (1, "fedsam: say what to be: head, site, tracking, or a command\n")
+    status, said = entrypoint(tmp_path, "ray", ["head"], SECRETS=str(tmp_path))
+    assert (status, said) == (1, f"fedsam: no secret at {tmp_path}/ray-token\n")
 
 
 @pytest.fixture(scope="module")
