@@ -53,7 +53,7 @@ def plugin_dir(infra_check: None) -> Path:
 @pytest.fixture(scope="session")
 def aws() -> Iterator[Aws]:
     server_module = pytest.importorskip("moto.server", reason="NOT CHECKED: install moto[server]")
-    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
