@@ -1,4 +1,4 @@
-"""`terraform destroy` of the cluster leaves nothing but the data; of the storage, nothing while it holds an object.
+"""`terraform destroy` of the cluster leaves nothing but the data; the storage refuses it.
 
 Runs after test_apply.py and test_boot.py, whose cluster it ends.
 """
@@ -40,11 +40,11 @@ def test_destroying_the_cluster_leaves_the_data_and_nothing_else(consortium, aws
     assert objects.get_object(Bucket=BUCKET, Key="results/kept")["Body"].read() == b"a result"
 
 
-def test_the_bucket_is_not_destroyed_while_it_holds_an_object(storage, objects):
-    with pytest.raises(AssertionError, match="BucketNotEmpty"):
+def test_the_storages_root_refuses_to_be_destroyed_and_loses_none_of_its_protections(storage, aws, objects):
+    with pytest.raises(AssertionError, match="prevent_destroy"):
         storage.destroy()
-    versions = objects.list_object_versions(Bucket=BUCKET)
-    for one in [*versions.get("Versions", ()), *versions.get("DeleteMarkers", ())]:
-        objects.delete_object(Bucket=BUCKET, Key=one["Key"], VersionId=one["VersionId"])
-    storage.destroy()
-    assert objects.list_buckets()["Buckets"] == []
+    assert objects.get_bucket_versioning(Bucket=BUCKET)["Status"] == "Enabled"
+    assert set(objects.get_public_access_block(Bucket=BUCKET)["PublicAccessBlockConfiguration"].values()) == {True}
+    (rule,) = objects.get_bucket_encryption(Bucket=BUCKET)["ServerSideEncryptionConfiguration"]["Rules"]
+    key = aws.client("kms").describe_key(KeyId=rule["ApplyServerSideEncryptionByDefault"]["KMSMasterKeyID"])
+    assert key["KeyMetadata"]["KeyState"] == "Enabled"

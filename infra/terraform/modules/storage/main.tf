@@ -1,12 +1,16 @@
 # The bucket that outlives every cluster: prepared cohorts, results, MLflow's files. Its state is its own root's
-# (envs/storage), so that destroying a cluster cannot touch it; and `force_destroy` is off: a bucket that still holds
-# an object cannot be destroyed at all.
+# (envs/storage), so that destroying a cluster cannot touch it; and Terraform refuses to destroy the bucket or its key: it
+# would take the bucket's protections away before it found that there are objects. Who means it deletes them by hand.
 
 resource "aws_kms_key" "data" {
   description             = "Scans and results in ${var.bucket}"
   enable_key_rotation     = true
   deletion_window_in_days = 30
   policy                  = data.aws_iam_policy_document.key.json
+
+  lifecycle {
+    prevent_destroy = true
+  }
 }
 
 # Clusters find the key by this name, so that they need to be told the bucket alone.
@@ -41,6 +45,10 @@ resource "aws_s3_bucket" "data" {
   # checkov:skip=CKV2_AWS_62: nothing is to be told of new objects
   bucket        = var.bucket
   force_destroy = false
+
+  lifecycle {
+    prevent_destroy = true
+  }
 }
 
 resource "aws_s3_bucket_versioning" "data" {
