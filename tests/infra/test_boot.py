@@ -1,0 +1,239 @@
+"""The machines' first boot as Terraform rendered it, run up to a Ray cluster that takes the printed submit line.
+
+Amazon's and NVIDIA's programs and Docker are small stand-ins (fakes/); Ray, token, ports, resources and labels are
+real. The network is one of the test's own, where the cluster's addresses and port 8265 are free.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from support.terraform import BUCKET, ROOT, SCRIPTS
+
+from cluster.placement import Node, SiteNeeds, plan, preflight
+
+FAKES = Path(__file__).parent / "fakes"
+PATH = f"{FAKES}:{SCRIPTS}:{os.environ['PATH']}"
+SITES = ("site-a", "site-b", "site-c")
+GPUS = {"head": 0, "site-site-a": 1, "site-site-b": 1, "site-site-c": 4}
+
+
+@pytest.fixture(scope="module")
+def own_network(infra_check):
+    """A network namespace of the test's own."""
+    if os.environ.get("FEDSAM_OWN_NETWORK") != "1":
+        pytest.skip("NOT CHECKED: no network of the test's own: `make infra-check` makes one where unshare(1) may")
+
+
+class Booted:
+    """Machines that ran their first boot: their processes, to be ended by id."""
+
+    def __init__(self, aws, folder):
+        self._aws, self.folder = aws, folder
+        self._found = aws.machines()
+
+    def boot(self, name, gpus=None, first_port=20000, **settings):
+        """Runs a machine's user data; returns what it printed."""
+        machine = self._found[name]
+        run = self.folder / name
+        run.mkdir(exist_ok=True)
+        (run / "user-data").write_text(self._aws.user_data(machine))
+        arguments = ["--num-cpus=2", f"--object-store-memory={100 * 2**20}", f"--temp-dir={self.folder}/ray"]
+        environment = {
+            **os.environ,
+            **self._aws.environment,
+            "PATH": PATH,
+            "FAKE_RUN": str(run),
+            "FAKE_IP": machine["PrivateIpAddress"],
+            "FAKE_TYPE": machine["InstanceType"],
+            "FAKE_GPUS": str(GPUS[name] if gpus is None else gpus),
+            "FAKE_ENTRYPOINT": str(ROOT / "infra" / "image" / "entrypoint.sh"),
+            "FAKE_ENVIRONMENT": json.dumps({"PORTS": str(first_port)}),
+            # A node that is not the head finds Ray's folder by the head.
+            "FAKE_ARGUMENTS": json.dumps(arguments if name == "head" else arguments[:2]),
+            "CONTAINER_UID": str(os.getuid()),
+            "CRON_DIR": str(run),
+            "BOOT_TRIES": "1",
+            **settings,
+        }
+        return subprocess.run(
+            ["bash", run / "user-data"], env=environment, capture_output=True, text=True, cwd=run, timeout=120
+        )
+
+    def wait_until_up(self, name):
+        """One after the other: nodes that begin at once on one machine take each other's sockets."""
+        end = time.monotonic() + 240
+        while "Ray runtime started" not in self.log(name):
+            assert time.monotonic() < end, self.log(name)[-3000:]
+            time.sleep(0.5)
+
+    def log(self, name):
+        return (self.folder / name / "fedsam.log").read_text()
+
+    def end(self):
+        started = []
+        for note in self.folder.glob("*/*.pid"):
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(int(note.read_text()))
+                started += [process, *process.children(recursive=True)]
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(started, timeout=15)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def booted(own_network, consortium, aws, objects):
+    """The head and the three sites, booted, each at its own address."""
+    folder = Path(consortium.given["data_dir"]) / "m"
+    folder.mkdir()
+    objects.put_object(Bucket=BUCKET, Key="hospitals/c/scans/one/image.nii.gz", Body=b"voxels")
+    objects.put_object(Bucket=BUCKET, Key="sites/site-a/scans/two/image.nii.gz", Body=b"others")
+    all_machines = Booted(aws, folder)
+    for machine in aws.machines().values():
+        subprocess.run(["ip", "address", "add", f"{machine['PrivateIpAddress']}/32", "dev", "lo"], check=True)
+    try:
+        for number, name in enumerate(GPUS):
+            done = all_machines.boot(name, first_port=20000 + 1000 * number)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.endswith(f"fedsam: started {name.partition('-')[0]}\n")
+            all_machines.wait_until_up(name)
+        yield all_machines
+    finally:
+        all_machines.end()
+
+
+NODES = """
+import json, ray
+ray.init(address="10.20.0.10:6379", logging_level="ERROR", log_to_driver=False)
+nodes = [node for node in ray.nodes() if node["Alive"]]
+print("NODES", json.dumps([[n["NodeManagerAddress"], n["Resources"], n["Labels"]] for n in nodes]))
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes(booted, consortium):
+    """The nodes that the head knows, by address: (resources, labels)."""
+    token = Path(consortium.given["data_dir"]) / "secrets" / "ray-token"
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    end = time.monotonic() + 120
+    while True:
+        done = subprocess.run([sys.executable, "-c", NODES], env=environment, capture_output=True, text=True)
+        told = [line.removeprefix("NODES ") for line in done.stdout.splitlines() if line.startswith("NODES")]
+        found = {address: (resources, labels) for address, resources, labels in json.loads(told[0])} if told else {}
+        if len(found) == 4:
+            return found
+        assert time.monotonic() < end, [done.stderr[-2000:], *(booted.log(name)[-2000:] for name in GPUS)]
+        time.sleep(1)
+
+
+def test_nodes_announce_their_site_their_gpus_and_what_they_are(nodes, aws):
+    found = aws.machines()
+    resources, labels = nodes["10.20.0.10"]
+    assert labels["fedsam.io/role"] == "head"
+    assert "GPU" not in resources
+    for site in SITES:
+        machine = found[f"site-{site}"]
+        resources, labels = nodes[machine["PrivateIpAddress"]]
+        assert {name: n for name, n in resources.items() if name.startswith("site_")} == {f"site_{site}": 1}
+        assert resources["GPU"] == GPUS[f"site-{site}"]
+        assert {key: value for key, value in labels.items() if key.startswith("fedsam.io/")} == {
+            "fedsam.io/role": "site",
+            "fedsam.io/site": site,
+            "fedsam.io/market": "spot" if site == "site-b" else "on-demand",
+            "fedsam.io/instance-type": machine["InstanceType"],
+        }
+    known = [Node(address, r.get("CPU", 0), r.get("GPU", 0), r) for address, (r, _) in nodes.items()]
+    preflight(SITES, known, SiteNeeds())
+    assert {site: options.gpus for site, options in plan(SITES, known, SiteNeeds()).items()} == dict.fromkeys(SITES, 1)
+
+
+def test_a_site_listens_on_the_ports_that_the_firewall_knows_and_the_dashboard_on_the_loopback(booted, nodes):
+    for number, name in enumerate(GPUS):
+        pid = int((booted.folder / name / "fedsam.pid").read_text())
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        ports = set()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                ports |= {(c.laddr.ip, c.laddr.port) for c in process.net_connections("tcp") if c.status == "LISTEN"}
+        first = 20000 + 1000 * number
+        open_to_others = {port for address, port in ports if not address.startswith("127.") and address != "::1"}
+        assert open_to_others
+        strays = {port for port in open_to_others if not first <= port < first + 1000}
+        # Ray's client server and the head's own metrics, for which the firewall has no rule.
+        assert strays == ({6379, 10001, 44217, 44227} if name == "head" else set())
+        assert name != "head" or ("127.0.0.1", 8265) in ports
+
+
+def test_containers_have_the_gpus_restart_and_are_told_no_secret(booted, consortium):
+    token = (Path(consortium.given["data_dir"]) / "secrets" / "ray-token").read_text().strip()
+    assert len(token) == 48
+    for name, gpus in GPUS.items():
+        asked = json.loads((booted.folder / name / "fedsam.json").read_text())
+        assert asked["options"].get("--gpus") == ("all" if gpus else None)
+        assert (asked["options"]["--restart"], asked["options"]["--network"]) == ("unless-stopped", "host")
+        assert asked["image"] == consortium.given["image"]
+        assert token not in json.dumps(asked) + booted.log(name)
+    settings = Path(consortium.given["data_dir"]) / "secrets" / "settings"
+    assert token not in settings.read_text()
+    for secret in settings.parent.iterdir():
+        assert secret == settings or secret.stat().st_mode & 0o077 == 0
+
+
+def test_a_sites_own_scans_are_fetched_and_later_ones_too(booted, consortium, aws, objects):
+    scans = Path(consortium.given["data_dir"]) / "scans"
+    assert (scans / "one" / "image.nii.gz").read_bytes() == b"voxels"
+    variable, line = (booted.folder / "site-site-c" / "fedsam-scans").read_text().splitlines()
+    assert line.startswith("*/10 * * * * root aws s3 sync")
+    objects.put_object(Bucket=BUCKET, Key="hospitals/c/scans/later.nii.gz", Body=b"more")
+    objects.put_object(Bucket=BUCKET, Key="sites/site-a/scans/others.nii.gz", Body=b"not c's")
+    environment = {**aws.environment, "PYTHONPATH": "", variable.partition("=")[0]: variable.partition("=")[2]}
+    command = line.partition(" root ")[2]
+    assert subprocess.run(["sh", "-c", command], env=environment, capture_output=True).returncode == 0
+    assert (scans / "later.nii.gz").read_bytes() == b"more"
+    assert not (scans / "others.nii.gz").exists()
+    assert not (booted.folder / "head" / "fedsam-scans").exists()
+
+
+def test_the_printed_submit_line_runs_a_federation(booted, nodes, consortium, aws, objects):
+    line = consortium.outputs["submit"]
+    assert "--address http://127.0.0.1:8265 " in line
+    environment = {**os.environ, **aws.environment, "PATH": PATH}
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+        environment.pop(name, None)
+    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    keys = [one["Key"] for one in objects.list_objects_v2(Bucket=BUCKET)["Contents"]]
+    assert [key for key in keys if key.startswith("results/") and key.endswith("/rounds/000001/commit.json")]
+    for site in SITES:
+        assert [key for key in keys if key.startswith("cohorts/") and f"/{site}/cases/" in key]
+    assert not [key for key in keys if key.partition("/")[0] not in ("cohorts", "results", "sites", "hospitals")]
+    without = subprocess.run(
+        ["bash", "-c", line.replace("ray-token", "mlflow-password")], env=environment, capture_output=True, text=True
+    )
+    assert without.returncode == 2
+    assert "wants a token" in without.stderr
+
+
+def test_a_machine_without_the_gpus_that_it_is_to_have_does_not_join(own_network, consortium, aws, tmp_path):
+    done = Booted(aws, tmp_path).boot("site-site-c", gpus=1)
+    assert done.returncode == 1
+    assert "is to have 4 GPU(s), nvidia-smi lists 1: choose another instance_type, or lower gpus" in done.stderr
+    assert not list(tmp_path.glob("*/*.pid"))
+
+
+def test_without_its_secret_a_machine_gives_up_and_says_which(own_network, consortium, aws, tmp_path):
+    done = Booted(aws, tmp_path).boot("site-site-a", AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    assert done.returncode == 1
+    assert "gave up: parameter arn:aws:ssm:" in done.stderr
+    assert not list(tmp_path.glob("*/*.pid"))
