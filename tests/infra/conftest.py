@@ -112,7 +112,7 @@ def consortium(storage: Terraform, on_moto: Path, plugin_dir: Path, aws: Aws) ->
     """The consortium's root, applied once for all tests that look at it; test_destroy.py ends it."""
     terraform = Terraform(on_moto, "envs/consortium", plugin_dir, aws.environment)
     terraform.init()
-    data = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp"))  # Ray's socket paths lie in here and must be short
+    data = Path(tempfile.mkdtemp(prefix="fi-", dir="/tmp"))  # Ray's socket paths lie in here and must be short
     given = {
         "region": REGION,
         "zones": [f"{REGION}a", f"{REGION}b"],
