@@ -29,7 +29,7 @@ resource "aws_budgets_budget" "month" {
   count = 0
 }
 """
-_PLUGINS = (os.environ.get("TF_PLUGIN_DIR"), "/opt/tf-plugins", "/usr/share/terraform/plugins")
+_PLUGINS = (os.environ.get("TF_PLUGIN_DIR"), "/usr/local/share/terraform/plugins", "/usr/share/terraform/plugins")
 
 
 @pytest.fixture(scope="session")
