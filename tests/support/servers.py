@@ -44,7 +44,7 @@ class Seaweed:
         names = [f"{service}.port{kind}" for service in services for kind in ("", ".grpc")]
         self._ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._command = [str(PROGRAM), "server", "-s3", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-        self._command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=20"]
+        self._command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=500"]
         # A master that is started again asks for so long whether there is another.
         self._command += ["-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
         self._command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-s3.iam=false"]
