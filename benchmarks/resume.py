@@ -183,7 +183,7 @@ def on_ray(runs: Runs) -> int:
             child.signal(signals[how])
         status, said = child.wait()
         while alive := set(filter(_lives, inside)):
-            if time.monotonic() - began > 60:
+            if time.monotonic() - began > 180:  # after SIGKILL Ray's own agents take a minute to notice
                 break
             time.sleep(0.1)
         left |= alive

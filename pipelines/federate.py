@@ -14,7 +14,7 @@ from typing import Any
 import fedsam_core
 from cluster.driver import drive
 from cluster.gateway.aggregator import Gateway
-from cluster.lease import Lease, release
+from cluster.lease import Lease, Stopped, release
 from cluster.metrics import RoundMetrics
 from cluster.placement import cluster_nodes, plan, preflight
 from cluster.session import ray_session
@@ -149,7 +149,9 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit, gateway: Gateway
         emit(event)
 
     try:
-        result: Outcome = drive(partial(run_federation, config, cohort, partial(ray_engine, config, None)), look_on)
+        result: Outcome | Stopped = drive(partial(_in_actor, config, cohort), look_on)
+        if isinstance(result, Stopped):
+            raise result
     except (KeyboardInterrupt, SystemExit, ClusterError) as error:
         # The driver is gone: it can neither give its lease back nor close its MLflow run itself.
         for run, lease in held.items():
@@ -159,6 +161,15 @@ def federate(config: Config, cohort: PreparedSites, emit: Emit, gateway: Gateway
             open_tracking(config).end(run_id, "KILLED", describe_failure(error))
         raise
     return result
+
+
+def _in_actor(config: Config, cohort: PreparedSites, emit: Emit) -> Outcome | Stopped:
+    """The run in a driver actor. That it was stopped comes back as a value: what is raised, Ray takes for a task that
+    somebody cancelled."""
+    try:
+        return run_federation(config, cohort, partial(ray_engine, config, None), emit)
+    except Stopped as why:
+        return why
 
 
 def _interrupting(emit: Emit) -> Emit:

@@ -80,7 +80,7 @@ def test_a_site_that_is_told_to_train_otherwise_than_the_rest_gets_no_sum(prepar
     specs[1:] = [spec.model_copy(update={"learning": idle}) for spec in specs[1:]]
     federation, _ = small_federation(in_process(specs, FederatedSite), specs[0])
     with pytest.raises(RoundError, match=r"OtherAttempt: site site-b refuses .* its config_hash is"):
-        federation.total_weight()
+        federation._weigh()
 
 
 def test_a_refusal_does_not_tell_the_value_that_it_is_about(
@@ -107,7 +107,7 @@ def test_slices_and_scores_are_not_summed_again_without_a_site(tmp_path: Path) -
     federation.score("test", 0)
     engine._sites["site-d"] = FederatedSite(specs[3])  # it was restarted and is not open
     with pytest.raises(RoundError, match="OpenedBefore: the weights sum of this state"):
-        federation.total_weight()
+        federation._weigh()
     engine._sites["site-d"] = FederatedSite(specs[3])
     federation.attendance.take_back("site-d")
     with pytest.raises(RoundError, match="OpenedBefore: the scores/test sum of this state"):
