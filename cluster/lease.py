@@ -22,7 +22,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
 
-import psutil
 from pydantic import Field, ValidationError
 
 from fedsam_core.errors import StoreError
@@ -51,7 +50,7 @@ class Holder(Settings):
     token: str
     host: str
     pid: int
-    started: float = Field(description="of the process, as its own system counts")
+    started: int = Field(description="of the process, in clock ticks since its machine's start")
     machine: str = Field(description="what tells whether a process number means the same process here")
     since: str
 
@@ -215,22 +214,28 @@ def _is_gone(holder: Holder) -> bool:
     if holder.machine != _machine() or not holder.machine:
         return False
     try:
-        process = psutil.Process(holder.pid)
-        return bool(process.status() == psutil.STATUS_ZOMBIE or process.create_time() != holder.started)
-    except psutil.NoSuchProcess:
+        state, started = _process(holder.pid)
+    except (FileNotFoundError, ProcessLookupError):
         return True
-    except psutil.Error:
+    except OSError:
         return False
+    return state == "Z" or started != holder.started
+
+
+def _process(pid: int) -> tuple[str, int]:
+    """Its state, and when it was started: fields 3 and 22 of proc_pid_stat(5). Raises OSError."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[19])
 
 
 def _this_process() -> Holder:
-    process = psutil.Process()
+    machine = _machine()
     return Holder(
         token=token_hex(16),
         host=socket.gethostname(),
-        pid=process.pid,
-        started=process.create_time(),
-        machine=_machine(),
+        pid=os.getpid(),
+        started=_process(os.getpid())[1] if machine else 0,
+        machine=machine,
         since=_now(),
     )
 
