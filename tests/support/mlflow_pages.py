@@ -7,9 +7,12 @@ from pathlib import Path
 from support.browser import Browser
 
 UNFOLD = '[data-component-id*="runnamecellrenderer"]'  # the sign before the parent's name
+PARAMETERS = ("selection", "seed")
 METRICS = ("comm/bytes_total", "test/dice")
 _ASSISTANT = '[data-component-id="mlflow.assistant.chat_panel.close"]'
+_PARAMETERS = "#dubois-select-1"  # the first list of the plot's settings
 _METRICS = "#dubois-select-2"  # the second list of the plot's settings
+_CHOSEN = "return document.querySelector(arguments[0]).getAttribute('aria-description').split(', ')"
 _ONLY_DIFFERENCES = "[...document.querySelectorAll('[role=switch]')].forEach(e => e.click())"
 _HEADING = "[...document.querySelectorAll('h2, h3, div')].find(e => e.innerText === 'Run details')"
 
@@ -27,13 +30,18 @@ def parallel_coordinates(page: Browser, names: Sequence[str], selections: Collec
     """
     page.wait_for([*names, "Parallel Coordinates Plot"])
     page.run("document.querySelector(arguments[0])?.click()", _ASSISTANT)
-    page.click(_METRICS)
-    begins_with = {axis for axis in _axes(page) if "/" in axis}
-    for metric in sorted(begins_with.symmetric_difference(METRICS)):
-        page.write(_METRICS, metric)  # the list itself shows no more than ten
-        page.click(f'[title="{metric}"]')  # adds it or takes it away, and empties the field
-    page.wait(lambda text: [word for word in ("selection", *METRICS, *selections) if word not in _axes(page)], 60)
-    page.click('[role="tab"][aria-selected="true"]')  # closes the list
+    for field, wanted in ((_PARAMETERS, PARAMETERS), (_METRICS, METRICS)):
+        page.click(field)
+        chosen = page.run(_CHOSEN, field)
+        for name in [
+            *(name for name in chosen if name not in wanted),
+            *(name for name in wanted if name not in chosen),
+        ]:
+            page.write(field, name)  # the list itself shows no more than ten
+            page.click(f'[title="{name}"][class*=option]')  # adds it or takes it away, and empties the field
+        page.click('[role="tab"][aria-selected="true"]')  # closes the list
+    words = [*PARAMETERS, *METRICS, *(selection[:10] for selection in selections)]  # MLflow cuts values on an axis
+    page.wait(lambda text: [word for word in words if word not in _axes(page)], 60)
     page.save(png)
 
 
