@@ -486,7 +486,4 @@ def site_factory(config: Config) -> Callable[[SiteSpec], FederatedSite]:
 STAGE = Stage("federate", __doc__ or "", run)
 
 if __name__ == "__main__":
-    # By the module's name: what Ray sends to a worker is found there, and not sought in the worker's own __main__.
-    import pipelines.federate
-
-    pipelines.federate.STAGE.main()
+    STAGE.main()
