@@ -8,7 +8,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from fedsam_core.federation.engine import OnAnswer, describe_failure
+from fedsam_core.federation.engine import OnAnswer, describe_failure, describe_wait
 
 # An actor that is being started anew refuses calls: for so long it is left alone.
 _RESTART_PAUSE = 0.5
@@ -94,7 +94,7 @@ class RayEngine:
                 continue
             if on_answer is not None:
                 end = min(end, begun + on_answer(site, time.monotonic() - begun))
-        allowed = f"{end - begun:.3g} s" + ("" if end == begun + deadline else ", when enough others had answered")
+        allowed = describe_wait(begun, end, deadline)
         for ref, site in waiting.items():
             if site in self._busy:
                 lost[site] = f"still busy with an earlier {self._busy[site][1]} after {allowed}"

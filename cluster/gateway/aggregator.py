@@ -39,7 +39,7 @@ from cluster.gateway.transport import (
     site_of,
 )
 from fedsam_core.errors import ClusterError, ConfigError, FedsamError
-from fedsam_core.federation.engine import OnAnswer
+from fedsam_core.federation.engine import OnAnswer, describe_wait
 from fedsam_core.secagg.refusals import MalformedMessage
 from fedsam_core.settings import Settings
 
@@ -396,7 +396,7 @@ class GatewayEngine:
                 _sort(site, task, replies, lost)
                 if site in replies and on_answer is not None:
                     end = min(end, begun + on_answer(site, loop.time() - begun))
-        allowed = f"{end - begun:.3g} s" + ("" if end == begun + deadline else ", when enough others had answered")
+        allowed = describe_wait(begun, end, deadline)
         for task, site in asked.items():
             task.cancel()
             lost[site] = self._missed(site, first, allowed)

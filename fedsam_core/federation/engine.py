@@ -134,3 +134,8 @@ def describe_failure(error: BaseException) -> str:
         not isinstance(error, SecureSumError) or type(error) is SecureSumError
     )
     return text if unnamed else f"{type(error).__name__}: {text}"
+
+
+def describe_wait(begun: float, end: float, deadline: float) -> str:
+    """How long a call that began and ended at these times has waited, and why that was less than its deadline."""
+    return f"{end - begun:.3g} s" + ("" if end == begun + deadline else ", when enough others had answered")

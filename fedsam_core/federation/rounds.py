@@ -173,9 +173,7 @@ class Federation:
             CheckpointError: `saved` is of another run, or does not belong to the record.
             SecureSumError: the roster's file cannot be used, or the record is none.
         """
-        replies, lost = self._ask("open", {site: {} for site in self.engine.sites})
-        if lost:
-            raise RoundError("; ".join(f"site {site} cannot take part: {why}" for site, why in sorted(lost.items())))
+        replies = self._ask_all("open", {})
         for site, reply in replies.items():
             if not self._fits(reply):
                 raise RoundError(
@@ -370,11 +368,7 @@ class Federation:
         Raises:
             RoundError: a site no longer has what it kept after the round that the run goes on from.
         """
-        known, lost = self._ask(
-            "answered", {site: {"state_hash": self.server.state.hash} for site in self.engine.sites}
-        )
-        if lost:
-            raise RoundError("; ".join(f"site {site} cannot take part: {why}" for site, why in sorted(lost.items())))
+        known = self._ask_all("answered", {"state_hash": self.server.state.hash})
         for site, told in sorted(known.items()):
             self._bound |= told["opened"]
             if self.done and len(told["kept"] or ()) >= KEPT and min(told["kept"]) > self.done:
@@ -422,6 +416,13 @@ class Federation:
         if took:
             self.patience.took(method, max(took))
         return replies, lost
+
+    def _ask_all(self, method: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """What every site answers. Raises RoundError where one does not."""
+        replies, lost = self._ask(method, dict.fromkeys(self.engine.sites, keywords))
+        if lost:
+            raise RoundError("; ".join(f"site {site} cannot take part: {why}" for site, why in sorted(lost.items())))
+        return replies
 
     def _rejoin(self, round_number: int, seconds: float, enough: Enough = lambda present: True) -> None:
         """Takes back sites that were lost (see `Rejoining`), and tells keys to whoever does not know them yet."""
