@@ -1,4 +1,4 @@
-"""The Dice table of the LoRA rules: runs that are claimed, kept and not repeated, and what is read out of them."""
+"""The benchmarks' own arithmetic, and the Dice table of the LoRA rules: runs that are claimed, kept and not repeated."""
 
 import json
 import sys
@@ -12,7 +12,9 @@ from fedsam_core.data.cohort import CohortConfig
 from fedsam_core.data.sources.phantom import PhantomConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import round_overhead
 import rules
+import scale
 import soak
 
 BUDGET = rules.Budget(rounds=1, local_steps=1, batch_size=2, image_size=32, rank=2)
@@ -140,3 +142,22 @@ def test_a_short_soak_loses_nothing(tmp_path: Path) -> None:
     assert found.contributors[0] >= 5
     assert knows
     assert abs(found.growth) < 30  # MiB
+
+
+def test_overhead_is_what_is_left_of_a_round_without_training_and_validation() -> None:
+    clock = round_overhead.Clock(side_by_side=True)
+    calls = [("update/advertise", 0.3, 0.1), ("update/fit", 30.0, 11.0), ("scores/score", 9.0, 3.0)]
+    clock.rounds = {0: (5.0, []), 1: (99.0, calls), 2: (40.0, calls), 3: (41.0, calls)}
+    found = round_overhead.summarize(clock, {1: 50.0, 2: 10.0, 3: 10.0})
+    phases = {"update/advertise": 0.1, "update/fit": 1.0, "driver": 40.5 - 39.3}
+    assert found["by_phase"] == pytest.approx(phases)
+    assert found["overhead_s"] == pytest.approx(sum(phases.values()))
+    assert found["overhead"] == pytest.approx(0.23)
+    assert found["spread"] == pytest.approx([0.18, 0.28])
+    assert (found["training_s"], found["validation_s"]) == (10.0, 3.0)
+
+
+def test_the_exponent_of_a_power() -> None:
+    x = [3.0, 6.0, 24.0]
+    assert scale.exponent(x, [5 * value**1.5 for value in x]) == pytest.approx(1.5)
+    assert scale.exponent(x, [7.0, 7.0, 7.0]) == pytest.approx(0.0)

@@ -153,6 +153,7 @@ class Federation:
         self._seed = spec.seed
         self._sites_of_run = spec.sites
         self._server: Server | None = None
+        self._present: Round | None = None
         self._held: dict[str, str] = {}  # which global state each site holds, by hash: nothing is sent twice
         self._before = ""  # hash of the global state before the present one
         self._step = b""  # what leads from it to the present one
@@ -384,7 +385,9 @@ class Federation:
         self._attempts = last
 
     def _round(self, number: int) -> Round:
-        return Round(number, self._seed, self._sites_of_run, self.manifest, self.classes, self.config)
+        if self._present is None or self._present.number != number:  # kept, as it finds out places of many values
+            self._present = Round(number, self._seed, self._sites_of_run, self.manifest, self.classes, self.config)
+        return self._present
 
     def _fitting(self, method: str) -> Contribution:
         """A contribution that is made from the present global state: it is sent as far as a site lacks it."""

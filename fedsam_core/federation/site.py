@@ -146,6 +146,7 @@ class FederatedSite(SummingSite):
         self._open_store = open_store
         self._opened: OpenSite | None = None
         self._held: GlobalState | None = None
+        self._about: Round | None = None
         self._total: float | None = None
         self._pictured = False
         self._fit: tuple[tuple[int, str], Trained] | None = None
@@ -322,7 +323,9 @@ class FederatedSite(SummingSite):
 
     def _round(self, number: int) -> Round:
         spec, site = self.spec, self._site
-        return Round(number, spec.seed, spec.sites, site.manifest, len(site.classes), spec.federation)
+        if self._about is None or self._about.number != number:  # kept, as it finds out places of millions of values
+            self._about = Round(number, spec.seed, spec.sites, site.manifest, len(site.classes), spec.federation)
+        return self._about
 
     def _amount(self) -> float:
         if self.spec.federation.weights == "equal":
