@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and the Dice table of the LoRA rules: runs that are claimed, kept and not repeated."""
+"""The benchmarks' arithmetic, and the Dice table of the LoRA rules: runs that are claimed, kept and not repeated."""
 
 import json
 import sys
