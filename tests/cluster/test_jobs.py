@@ -166,6 +166,7 @@ def test_a_federation_that_is_stopped_as_a_job_goes_on_as_another(address, tmp_p
         assert jobs.follow(address, job) == jobs.STOPPED
         until(lambda: not of_runs())
         seconds = time.monotonic() - begun
+        assert runs.in_mlflow("r").info.status == "KILLED"
         with pytest.raises(SystemExit) as ended:
             submit.main(["resume", "r", f"work_dir={tmp_path}", "--address", address])
         assert ended.value.code == 0
