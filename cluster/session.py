@@ -16,6 +16,7 @@ from fedsam_core.errors import ClusterError
 # A method of Ray's head that changes nothing and, unlike its health check, is closed to whoever lacks the token.
 _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _ANSWER_SECONDS = 5.0
+_OPTIONS = [("grpc.enable_http_proxy", 0)]  # as Ray has it: a token is not shown to proxies
 
 
 @contextmanager
@@ -92,16 +93,16 @@ def _token() -> str:
 def _channel(address: str) -> grpc.Channel:
     """To Ray's head, encrypted as Ray's own connections are."""
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        return grpc.insecure_channel(address)
+        return grpc.insecure_channel(address, _OPTIONS)
     files = [os.environ.get(f"RAY_TLS_{name}", "") for name in ("CA_CERT", "SERVER_KEY", "SERVER_CERT")]
     try:
         authority, key, certificate = (Path(name).read_bytes() for name in files)
     except OSError as error:
         raise ClusterError(
-            f"RAY_USE_TLS is set, but a file of RAY_TLS_CA_CERT, RAY_TLS_SERVER_KEY, RAY_TLS_SERVER_CERT cannot be "
+            "RAY_USE_TLS is set, but a file of RAY_TLS_CA_CERT, RAY_TLS_SERVER_KEY, RAY_TLS_SERVER_CERT cannot be "
             f"read ({error.filename}: {error.strerror}): `fedsam certs --help` says how they are made"
         ) from error
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, certificate))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, certificate), _OPTIONS)
 
 
 def _encrypts(host: str, port: int) -> bool:

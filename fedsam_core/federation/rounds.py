@@ -319,7 +319,7 @@ class Federation:
         how = self._fitting("score")
         validation = math.ceil(round_number / (self.config.validate_every or 1))
         if split == "val":
-            how = replace(how, left_out=self._unfit_to_validate(validation))
+            how = replace(how, left_out=self._unfit_to_validate(validation, round_number))
         total = self._sum(task, round_number, how)
         if split == "val":
             self.attendance.close_validation(validation, total.contributors)
@@ -340,11 +340,11 @@ class Federation:
             pictures={site: told[site]["picture"] for site in sorted(told) if told[site]["picture"]},
         )
 
-    def _unfit_to_validate(self, validation: int) -> dict[str, str]:
-        """Sites that are not asked, and why; none where the others are too few."""
+    def _unfit_to_validate(self, validation: int, round_number: int) -> dict[str, str]:
+        """Sites that are not asked, and why; none where the others that are there are too few."""
         parked = self.attendance.unfit_to_validate(validation)
-        enough = len(self.engine.sites) - len(parked) >= self._round(1).minimum
-        return parked if enough else {}
+        others = set(self.attendance.present(round_number)) - parked.keys()
+        return parked if len(others) >= self._round(round_number).minimum else {}
 
     def _beginning(self) -> dict[str, Any]:
         """What the record begins with: all that the sites sign for, and what it was made from."""

@@ -160,17 +160,17 @@ def test_a_federation_that_is_stopped_as_a_job_goes_on_as_another(address, tmp_p
         settings = runs.settings("r", "engine.kind=ray")
         job = jobs.submit(address, shlex.join(["python", "-m", "pipelines.federate", *settings]), working_dir())
         until(lambda: list(runs.path("r").glob("checkpoints/*1.safetensors")), 300)
-        assert of_runs()
+        assert of_run(tmp_path)
         begun = time.monotonic()
         jobs.stop(address, job)
         assert jobs.follow(address, job) == jobs.STOPPED
-        until(lambda: not of_runs())
+        until(lambda: not of_run(tmp_path))
         seconds = time.monotonic() - begun
         assert runs.in_mlflow("r").info.status == "KILLED"
         with pytest.raises(SystemExit) as ended:
             submit.main(["resume", "r", f"work_dir={tmp_path}", "--address", address])
         assert ended.value.code == 0
-        assert not of_runs()
+        until(lambda: not of_run(tmp_path))
         runs.goes_well("federate", *runs.settings("whole"))
         assert runs.result("r") == runs.result("whole")
         entries = [json.loads(line) for line in (runs.path("r") / "record.jsonl").read_bytes().splitlines()]
@@ -181,15 +181,20 @@ def test_a_federation_that_is_stopped_as_a_job_goes_on_as_another(address, tmp_p
     note(Row("`ray job stop`, then `fedsam submit resume`", "Ray job", SAME_END, 0, seconds))
 
 
-def of_runs():
-    """Ids of the processes of sites, drivers and commands that are federations."""
+def of_run(folder):
+    """Ids of the processes of a run on our cluster: its command's, and those of sites and driver."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])
-        if process.info["status"] != psutil.STATUS_ZOMBIE and (
-            re.match(r"ray::(SiteActor|FederationDriver|site )", line) or "-m pipelines.federate name=small" in line
-        ):
-            found.append(process.pid)
+        with suppress(psutil.Error, OSError):
+            if process.info["status"] == psutil.STATUS_ZOMBIE:
+                continue
+            if re.match(r"ray::(SiteActor|FederationDriver|site )", line):
+                raylet = process.parent()  # others' tests may have sites, too
+                if raylet and raylet.environ().get("RAY_AUTH_TOKEN") == os.environ["RAY_AUTH_TOKEN"]:
+                    found.append(process.pid)
+            elif "-m pipelines." in line and str(folder) in line:
+                found.append(process.pid)
     return found
 
 
