@@ -160,7 +160,7 @@ def test_a_federation_that_is_stopped_as_a_job_goes_on_as_another(address, tmp_p
         settings = runs.settings("r", "engine.kind=ray")
         job = jobs.submit(address, shlex.join(["python", "-m", "pipelines.federate", *settings]), working_dir())
         until(lambda: list(runs.path("r").glob("checkpoints/*1.safetensors")), 300)
-        assert of_run(tmp_path)
+        assert len(of_run(tmp_path)) >= 5  # the command, the driver, three sites
         begun = time.monotonic()
         jobs.stop(address, job)
         assert jobs.follow(address, job) == jobs.STOPPED
