@@ -8,7 +8,7 @@ CHECKOV := infra/.checkov
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test lint format bench infra-check clean
+.PHONY: help setup demo test faults lint format bench infra-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -28,6 +28,9 @@ demo: setup  ## a federation of three synthetic hospitals on a local Ray cluster
 
 test: setup  ## every test (real scans too, where FEDSAM_REAL_DATA names their folder)
 	$(BIN)/python -m pytest
+
+faults: setup  ## the tests that break processes, nodes, links and stores, and a table of what each fault cost
+	$(BIN)/python -m pytest -m faults
 
 lint: setup  ## style, types, floors, secrets in the sources, known weaknesses of packages
 	$(BIN)/ruff check .

@@ -183,7 +183,8 @@ def on_ray(runs: Runs) -> int:
             child.signal(signals[how])
         status, said = child.wait()
         while alive := set(filter(_lives, inside)):
-            if time.monotonic() - began > 180:  # after SIGKILL Ray's own agents take a minute to notice
+            # After SIGKILL two of Ray's agents wait for a minute for the head, which is gone, to tell it so.
+            if time.monotonic() - began > 180:
                 break
             time.sleep(0.1)
         left |= alive

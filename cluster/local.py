@@ -70,6 +70,7 @@ def local_cluster(
         _MARK: mark,
         "PATH": f"{program.parent}{os.pathsep}{os.environ.get('PATH', '')}",  # a job's `python` is this one
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": "20",  # from SIGTERM to SIGKILL; 3 by default, too short for sites that hold GPUs
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody else is served who would need the time
     }
     environment.pop("RAY_ADDRESS", None)

@@ -202,7 +202,7 @@ class Recorder:
             self._curve.append((report.round, _known(report.validation.mean_dice)))
         self._finish_round(["rounds.csv", "ledger.csv", "layers.csv", *sums], metrics)
         for why in report.failed:
-            self._emit(Event(f"round {report.round}: an attempt failed and was repeated with fresh keys ({why})"))
+            self._emit(Event(f"round {report.round}: an attempt came to nothing ({why})"))
         for site, why in report.lost.items():
             self._emit(Event(f"round {report.round}: went on without {site} ({why})"))
         for site, why in report.disturbed.items():

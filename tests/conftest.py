@@ -1,14 +1,22 @@
-"""What all tests share: where the real scans are, and an order."""
+"""What all tests share: where the real scans are, an order, and a table of the faults that they inflict."""
 
 import os
 from pathlib import Path
 
 import pytest
+from support.fault_table import table
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on the shared Ray cluster come last: its nodes live to the end, and others start a Ray of their own."""
     items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the faults cost that the tests have inflicted; `make faults` runs just these tests."""
+    if lines := table():
+        terminalreporter.section("faults")
+        terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,15 @@
 Bookkeeping alone, without a clock and without calls: the driver says what happened and asks what to do next.
 
 A site is *away* from the moment that a call to it fails until it has opened again; whoever is away is not waited for.
-A site that is there again and fails in round after round is *parked*: it is not asked for 1, 2, 4, ... rounds.
+A site that is there again and fails in round after round is *parked*: it is not asked for 1, 2, 4, ... rounds. One that
+trains well, and only fails whenever it is to validate, is parked from validations alone.
 """
 
 import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 from fedsam_core.errors import RoundError
 
@@ -79,36 +80,67 @@ class Patience:
         self._times = {str(kind): deque(map(float, times), maxlen=HISTORY) for kind, times in tree.items()}
 
 
+Kind = Literal["training", "validation"]
+"""What a site may fail in again and again, and is then parked from."""
+
+
+@dataclass
+class Parking:
+    """How a site does in one kind of work. Turns are the rounds, or the validations.
+
+    Attributes:
+        failed: whether it failed in the present turn.
+        failures: turns in a row in which it failed.
+        rests: how often it was parked since it last took part.
+        until: first turn in which it is asked again.
+        why: it failed last.
+    """
+
+    failed: bool = False
+    failures: int = 0
+    rests: int = 0
+    until: int = 0
+    why: str = ""
+
+    def close(self, turn: int, took_part: bool, park_after: int) -> None:
+        """A turn is over."""
+        if self.failed:
+            self.failures += 1
+            if self.failures >= park_after:
+                self.rests += 1
+                self.until = turn + 1 + min(LONGEST_REST, 2 ** (self.rests - 1))
+        elif took_part:
+            self.failures = self.rests = 0
+        self.failed = False
+
+    def told(self, turn: str) -> str:
+        """Why it is not asked."""
+        return f"parked until {turn} {self.until}: it failed {self.failures} {turn}s in a row ({self.why})"
+
+
 @dataclass
 class Standing:
     """How a site stands.
 
     Attributes:
         away: why it cannot be asked at present; "" if it can.
-        failed: whether it failed in the present round.
-        failures: rounds in a row in which it failed.
-        rests: how often it was parked since it last took part.
-        resting_until: first round in which it is asked again.
         absent: rounds without its update, in all.
-        why: it failed last.
         counted: last round whose sum has its update; 0 for none, None where that is not known.
+        training, validation: how it does in them.
     """
 
     away: str = ""
-    failed: bool = False
-    failures: int = 0
-    rests: int = 0
-    resting_until: int = 0
     absent: int = 0
-    why: str = ""
     counted: int | None = None
+    training: Parking = field(default_factory=Parking)
+    validation: Parking = field(default_factory=Parking)
 
 
 class Attendance:
     """The standing of every site of a run."""
 
     def __init__(self, sites: Collection[str], park_after: int) -> None:
-        """A site rests after `park_after` rounds in a row in which it failed."""
+        """A site rests after `park_after` rounds in a row in which it failed, and so from validations."""
         self._park_after = park_after
         self._standing = {site: Standing() for site in sorted(sites)}
 
@@ -129,16 +161,14 @@ class Attendance:
 
     def resting(self, round_number: int) -> tuple[str, ...]:
         """Sites that are parked in a round."""
-        return tuple(site for site, one in self._standing.items() if one.resting_until > round_number)
+        return tuple(site for site, one in self._standing.items() if one.training.until > round_number)
 
     def left_out(self, round_number: int) -> dict[str, str]:
         """Sites that are not asked at present, and why."""
         reasons = {}
         for site, one in self._standing.items():
-            if one.resting_until > round_number:
-                reasons[site] = (
-                    f"parked until round {one.resting_until}: it failed {one.failures} rounds in a row ({one.why})"
-                )
+            if one.training.until > round_number:
+                reasons[site] = one.training.told("round")
             elif one.away:
                 reasons[site] = f"is not back since it was lost ({one.away})"
         return reasons
@@ -148,11 +178,18 @@ class Attendance:
         left_out = self.left_out(round_number)
         return tuple(site for site in self._standing if site not in left_out)
 
-    def lose(self, site: str, why: str, failed: bool = True) -> None:
-        """A call to a site came to nothing. `failed`: this counts towards parking it."""
+    def unfit_to_validate(self, validation: int) -> dict[str, str]:
+        """Sites that are parked from a validation, and why."""
+        parked = {site: one.validation for site, one in self._standing.items() if one.validation.until > validation}
+        return {site: parking.told("validation") for site, parking in parked.items()}
+
+    def lose(self, site: str, why: str, failed: Kind | None = "training") -> None:
+        """A call to a site came to nothing. `failed`: what this counts against, towards parking it."""
         one = self._standing[site]
-        one.away = one.why = why
-        one.failed = one.failed or failed
+        one.away = why
+        for kind, parking in (("training", one.training), ("validation", one.validation)):
+            if kind == failed:
+                parking.failed, parking.why = True, why
 
     def take_back(self, site: str) -> None:
         """A site has opened again."""
@@ -161,7 +198,7 @@ class Attendance:
     def wake(self) -> None:
         """Nobody rests any longer: the others are too few."""
         for one in self._standing.values():
-            one.resting_until = 0
+            one.training.until = 0
 
     def begin(self) -> None:
         """No update has been summed: the run is at its first round."""
@@ -175,14 +212,12 @@ class Attendance:
                 one.counted = round_number
             else:
                 one.absent += 1
-            if one.failed:
-                one.failures += 1
-                if one.failures >= self._park_after:
-                    one.rests += 1
-                    one.resting_until = round_number + 1 + min(LONGEST_REST, 2 ** (one.rests - 1))
-            elif site in contributors:
-                one.failures = one.rests = 0
-            one.failed = False
+            one.training.close(round_number, site in contributors, self._park_after)
+
+    def close_validation(self, validation: int, contributors: Collection[str]) -> None:
+        """A validation is over; its sum has the scores of these sites."""
+        for site, one in self._standing.items():
+            one.validation.close(validation, site in contributors, self._park_after)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """As plain JSON, for a checkpoint."""
@@ -197,4 +232,8 @@ class Attendance:
         known = {one.name for one in fields(Standing)}
         if set(tree) != set(self._standing) or any(set(one) != known for one in tree.values()):
             raise RoundError("the attendance in the checkpoint is of other sites or another version: start a new run")
-        self._standing = {site: Standing(**tree[site]) for site in sorted(tree)}
+        kinds = ("training", "validation")
+        self._standing = {
+            site: Standing(**{**tree[site], **{kind: Parking(**tree[site][kind]) for kind in kinds}})
+            for site in sorted(tree)
+        }

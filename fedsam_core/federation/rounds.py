@@ -16,7 +16,7 @@ import numpy as np
 from fedsam_core import __version__
 from fedsam_core.errors import CheckpointError, RoundError
 from fedsam_core.federation.answered import topic
-from fedsam_core.federation.attendance import Attendance, Patience
+from fedsam_core.federation.attendance import Attendance, Kind, Patience
 from fedsam_core.federation.checkpoint import Checkpoint
 from fedsam_core.federation.engine import Engine
 from fedsam_core.federation.lanes import Precision, Round, layout_of
@@ -64,7 +64,7 @@ class RoundReport:
     Attributes:
         round: 1 for the first.
         state_hash: of the global state after it.
-        contributors: sites whose updates are in it.
+        contributors: sites whose updates are in it; none where the round was given up.
         lost: why other sites are not.
         disturbed: why sites were lost that are: after they had sent their vectors, or in another sum of the round.
         failed: why earlier attempts of the round's sum came to nothing.
@@ -205,7 +205,7 @@ class Federation:
         if lost and self._pinned is not None:
             raise RoundError("; ".join(f"site {site} refuses the roster: {why}" for site, why in sorted(lost.items())))
         for site, why in lost.items():
-            self.attendance.lose(site, why, failed=False)
+            self.attendance.lose(site, why, failed=None)
         if saved is None:
             self.record.add("state", round=0, state_hash=self.server.state.hash, sums=[])
 
@@ -274,19 +274,40 @@ class Federation:
             try:
                 total = self._sum(task, round_number, how)
             except RoundError as error:
-                if not course.give_up():
+                if course.give_up():
+                    failed += [*self.failed[:-1], f"the round's LoRA step was given up: {error}"]
+                    continue
+                if not isinstance(error, HalfOpened) or not self._can_go_on(round_number):
                     raise
-                failed += [*self.failed[:-1], f"the round's LoRA step was given up: {error}"]
-                continue
+                self.failed = [*failed, *self.failed[:-1], f"the round was given up: {error}"]
+                self._close(round_number, totals)
+                return course.forgo(error.survivors), tuple(totals)
             failed += self.failed
             course.take(task, total.layout, total.lanes, total.contributors)
             totals.append(total)
         step = course.finish()
         self.failed = failed
-        self.attendance.close(round_number, next(one for one in totals if one.about == "update").contributors)
-        self._before, self._step, self.done = before, step.message, round_number
-        self.record.add("state", round=round_number, state_hash=step.state.hash, sums=[total.entry for total in totals])
+        self._before, self._step = before, step.message
+        self._close(round_number, totals)
         return step, tuple(totals)
+
+    def _close(self, round_number: int, totals: Sequence[Total]) -> None:
+        """A round is over; the server's state is the one after it."""
+        contributors = next((total.contributors for total in totals if total.about == "update"), ())
+        self.attendance.close(round_number, contributors)
+        self.done = round_number
+        sums = [total.entry for total in totals]
+        self.record.add("state", round=round_number, state_hash=self.server.state.hash, sums=sums)
+
+    def _can_go_on(self, round_number: int) -> bool:
+        """Whether enough sites are left, or come back, for the next round."""
+        needed = max(self._round(round_number).minimum, self.config.min_sites or 0)
+
+        def enough(present: Collection[str]) -> bool:
+            return len(present) >= needed
+
+        self._rejoin(round_number, 0.0, enough)
+        return enough(self.attendance.present(round_number))
 
     def score(
         self, split: Literal["val", "test"], round_number: int, pictures: bool = False, personal: bool = False
@@ -296,14 +317,20 @@ class Federation:
         With `personal` each site first fine-tunes its own model from it, and scores that.
         """
         task = Task(purpose="scores", split=split, personal=personal)
-        total = self._sum(task, round_number, self._fitting("score"))
+        how = self._fitting("score")
+        validation = math.ceil(round_number / (self.config.validate_every or 1))
+        if split == "val":
+            how = replace(how, left_out=self._unfit_to_validate(validation, round_number))
+        total = self._sum(task, round_number, how)
+        if split == "val":
+            self.attendance.close_validation(validation, total.contributors)
         lanes = total.lanes
         with np.errstate(invalid="ignore"):
             dice = np.where(lanes["cases"] > 0.5, lanes["dice"] / lanes["cases"], np.nan)
         asked = {site: {"picture": pictures} for site in total.contributors}
         told, lost = self._ask("disclose", asked)
         for site, why in lost.items():
-            self.attendance.lose(site, why, failed=False)
+            self.attendance.lose(site, why, failed=None)
         for site, reply in told.items():
             self.ledger.add(site, "up", round_number, "scores/disclose", len(json.dumps(reply["summary"]).encode()))
             if reply["picture"]:
@@ -313,6 +340,12 @@ class Federation:
             by_site={site: told[site]["summary"] for site in sorted(told) if told[site]["summary"]},
             pictures={site: told[site]["picture"] for site in sorted(told) if told[site]["picture"]},
         )
+
+    def _unfit_to_validate(self, validation: int, round_number: int) -> dict[str, str]:
+        """Sites that are not asked, and why; none where the others that are there are too few."""
+        parked = self.attendance.unfit_to_validate(validation)
+        others = set(self.attendance.present(round_number)) - parked.keys()
+        return parked if len(others) >= self._round(round_number).minimum else {}
 
     def _beginning(self) -> dict[str, Any]:
         """What the record begins with: all that the sites sign for, and what it was made from."""
@@ -468,8 +501,15 @@ class Federation:
         return isinstance(reply, dict) and all(reply.get(key) == value for key, value in own.items())
 
     def _sum(self, task: Task, round_number: int, how: Contribution, needed: int = 0) -> Total:
-        """Opens a sum. An attempt that fails is followed by another with fresh keys, as often as is configured."""
+        """Opens a sum. An attempt that fails is followed by another with fresh keys, as often as is configured.
+
+        Raises:
+            HalfOpened: sites had begun to open it, and not all whose values were in it have come back: it can be
+                opened no more, without them or with others.
+            RoundError: too few sites are left.
+        """
         self.failed = []
+        half_opened: HalfOpened | None = None
         wanted = self.config.min_sites if task.purpose in ("update", "magnitudes") else None
         needed = max(needed, self._round(round_number).minimum, wanted or 0)
         left_out = dict(how.left_out)
@@ -485,12 +525,15 @@ class Federation:
                 return self._attempt(task, round_number, replace(how, left_out=left_out), needed)
             except RoundError as error:
                 self.failed.append(str(error))
-                if len(self.failed) >= self.config.attempts:
-                    raise
                 if isinstance(error, HalfOpened):
+                    half_opened = error
                     others = [site for site in self.engine.sites if site not in error.survivors]
                     left_out |= dict.fromkeys(others, "was not in the attempt that sites have begun to open")
                     needed = len(error.survivors)
+                if len(self.failed) >= self.config.attempts:
+                    if half_opened is None:
+                        raise
+                    raise HalfOpened(str(error), half_opened.survivors) from error
 
     def _attempt(self, task: Task, round_number: int, how: Contribution, needed: int) -> Total:
         sites = self.engine.sites
@@ -510,7 +553,9 @@ class Federation:
         left_out = {**how.left_out, **self.attendance.left_out(round_number)}
         relay = Relay(self.engine, attempt, task, self.ledger, self.patience, left_out, needed)
         open_sum = plain_sum if self.config.secure_sum == "plain" else secure_sum
-        trains = task.purpose in ("update", "magnitudes")
+        kind: Kind | None = "validation" if task.split == "val" else None
+        if task.purpose in ("update", "magnitudes"):
+            kind = "training"
         contributors: tuple[str, ...] = ()
         try:
             total = open_sum(relay, self._roster, layout, how, self.record)
@@ -520,8 +565,8 @@ class Federation:
                 why = relay.lost[site]
                 self.disturbed.setdefault(site, why)
                 # Slower than the others in opening a sum that it is in: no reason to leave it out of the next rounds.
-                failed = trains and not (site in relay.cut and site in contributors)
-                self.attendance.lose(site, why, failed)
+                slower = site in relay.cut and site in contributors
+                self.attendance.lose(site, why, None if slower else kind)
         if how.keyword == "state":
             self._held |= dict.fromkeys(total.contributors, attempt.model_hash)
         return total
@@ -555,13 +600,18 @@ def run_rounds(federation: Federation, on_round: Callable[[RoundReport, GlobalSt
         failed = tuple(federation.failed)
         trained = monotonic()
         due = config.validate_every and (number % config.validate_every == 0 or number == config.rounds)
-        validation = federation.score("val", number) if due else None
+        validation = None
+        if due and step.state.hash != before.hash:  # the same state is not scored again: not by others, anyway
+            try:
+                validation = federation.score("val", number)
+            except HalfOpened as error:
+                failed += (f"the validation was given up: {error}",)
         change = step.state.vector.astype(np.float64) - before.vector
         lost = {site: why for total in reversed(totals) for site, why in total.lost.items()}
         report = RoundReport(
             round=number,
             state_hash=step.state.hash,
-            contributors=totals[-1].contributors,
+            contributors=() if step.given_up else totals[-1].contributors,
             lost=lost,
             disturbed={site: why for site, why in federation.disturbed.items() if site not in lost},
             failed=failed,

@@ -46,6 +46,7 @@ from fedsam_core.secagg.layout import VectorLayout
 Vector = NDArray[np.float64]
 
 _STRATEGY = "strategy/"
+NO_ERROR = Precision(bound=0.0, largest=0.0, rms=0.0, cut=0.0)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Step:
         lora: how the rule did.
         precision: the worst over the round's sums.
         epsilon: spent up to here; None without differential privacy.
+        given_up: the round's sum could not be opened, and the state is the one before.
     """
 
     state: GlobalState
@@ -91,6 +93,7 @@ class Step:
     lora: LoraReport
     precision: Precision
     epsilon: float | None
+    given_up: bool = False
 
 
 class Server:
@@ -211,6 +214,16 @@ class Course:
         """Ends the round without the stages that are left, if it can end so: LoRA then stays as it was."""
         self._given_up = self._stage > 0
         return self._given_up
+
+    def forgo(self, survivors: Sequence[str]) -> Step:
+        """Ends the round with the state that it began with: its first sum was asked of `survivors`, some of whom may
+        have answered, and cannot be opened. Privacy is spent as if it had been."""
+        server, nothing = self._server, float("nan")
+        if server.accountant is not None:
+            server.accountant.spend(len(survivors))
+        update = Update({}, nothing, (nothing,) * self.about.classes, dict(server.clips), NO_ERROR, np.empty(0))
+        epsilon = None if server.accountant is None else server.accountant.epsilon
+        return Step(server.state, b"", update, LoraReport(), NO_ERROR, epsilon, given_up=True)
 
     def finish(self) -> Step:
         """The next global state, which the server then holds."""

@@ -88,7 +88,9 @@ class HalfOpened(RoundError):
     Some may have sent their shares, and answer the same question for no other survivors: the next attempt is for these.
     """
 
-    survivors: tuple[str, ...] = ()
+    def __init__(self, why: str, survivors: tuple[str, ...]) -> None:
+        super().__init__(why)
+        self.survivors = survivors
 
 
 class Relay:
@@ -254,9 +256,7 @@ def secure_sum(relay: Relay, roster: Roster, layout: VectorLayout, how: Contribu
     except SecureSumError as error:
         failed = _failed(relay, error, record, aggregator.received if aggregator else [])
         if aggregator is not None and opening:
-            half_opened = HalfOpened(str(failed))
-            half_opened.survivors = aggregator.survivor_names
-            raise half_opened from error
+            raise HalfOpened(str(failed), aggregator.survivor_names) from error
         raise failed from error
 
 

@@ -1,7 +1,4 @@
-"""Real processes and nodes are killed, stopped and cut off: no round is lost, every sum is the survivors' to the bit.
-
-`pytest -s tests/cluster/test_faults.py` prints what each fault cost.
-"""
+"""Real processes and nodes are killed, stopped and cut off: no round is lost, every sum is the survivors'."""
 
 import os
 import shutil
@@ -15,11 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
+from support.fault_table import SURVIVORS, Row, note
 from support.faults import Fault, FaultySite
 from support.toys import Oracle, toy_federation, toy_specs
 
 from cluster.placement import SiteNeeds, cluster_nodes, plan
 from cluster.site import create_sites
+
+pytestmark = pytest.mark.faults
 
 SITES = tuple(f"site-{number:03d}" for number in range(4))
 A, B, C, D = SITES
@@ -56,11 +56,11 @@ def node(folder: str) -> dict[str, Any]:
 
 
 class Run:
-    """A federation on the cluster, and a row for each fault."""
+    """A federation on the cluster."""
 
     def __init__(self, tmp_path: Path, faults: list[Fault]) -> None:
         (tmp_path / "marks").mkdir()
-        settings = {"deadline_s": 120, "deadline_floor_s": FLOOR, "deadline_factor": 2, "rejoin_wait_s": 60}
+        settings = {"deadline_s": 120, "deadline_floor_s": FLOOR, "deadline_factor": 2, "rejoin_wait_s": 180}
         specs = toy_specs(4, tmp_path / "sites", **settings)
         factory = partial(FaultySite, faults=faults, folder=tmp_path / "marks", real=True)
         placed = plan(SITES, cluster_nodes(), SiteNeeds(cpus=0.5, pin="always"))
@@ -68,7 +68,6 @@ class Run:
         self.federation = toy_federation(self.engine, specs[0])
         self.oracle = Oracle(specs, self.federation.total_weight())
         self.round = 0
-        self.rows: list[str] = []
 
     def train(self) -> tuple[tuple[str, ...], float]:
         self.round += 1
@@ -88,7 +87,7 @@ class Run:
         assert back == SITES
         assert self.federation.disturbed == {}
         assert self.counted() == self.oracle.counted
-        self.rows.append(f"| {what} | {len(there)} of 4 | {seconds:.1f} | {more:.1f} | {lost[site]} |")
+        note(Row(what, f"Ray, {len(there)} of 4 in the sum", SURVIVORS, 0, seconds, more, lost[site]))
         return lost[site]
 
     def counted(self) -> dict[str, int]:
@@ -115,24 +114,26 @@ def run(cluster: Any, tmp_path: Path) -> Iterator[Callable[[list[Fault]], Run]]:
     yield make
     for one in made:
         one.engine.close()
-        print("\n| fault | in the sum | its round, s | next round, s | reason |\n|---|---|---|---|---|")
-        print("\n".join(one.rows))
 
 
 def test_a_process_that_dies_hangs_or_dawdles_costs_no_round(run: Callable[[list[Fault]], Run]) -> None:
     deaths = [(A, "advertise"), (B, "share"), (C, "fit"), (D, "confirm"), (A, "unmask")]
     faults = [Fault(site, 2 + 2 * at, method, "die before") for at, (site, method) in enumerate(deaths)]
     faults += [Fault(C, 12, "fit", "slow", FLOOR * 1.5), Fault(B, 14, "fit", "hang")]
+    wrong = {"corrupt": "BadSignature", "nan": "its values do not fit their clips", "disk full": "the disk is full"}
+    faults += [Fault(D, 16 + 2 * at, "fit", what) for at, what in enumerate(wrong)]
     federation = run(faults)
     for site, method in deaths:
         why = federation.fault(f"kill -9 in {method}", site, counts=method in ("confirm", "unmask"))
         assert "died" in why
     before = federation.pids()
-    assert federation.fault("slower than the deadline", C, counts=False) == f"no answer to fit within {FLOOR:g} s"
+    assert federation.fault("20 times slower", C, counts=False) == f"no answer to fit within {FLOOR:g} s"
     # Sites have more time now that one has shown that it needs it.
     assert federation.fault("sleeps for ever in fit", B, counts=False) == f"no answer to fit within {2 * FLOOR:g} s"
     after = federation.pids()
     assert {site for site in SITES if before[site] != after[site]} == {B}  # whoever is only slow is not ended
+    for what, why in wrong.items():
+        assert why in federation.fault(f"{what} in fit", D, counts=False)
 
 
 def test_a_node_that_is_lost_or_silent_costs_no_round(run: Callable[[list[Fault]], Run], cluster: Any) -> None:

@@ -1,6 +1,9 @@
 """Jobs on a local cluster that the code under test starts and stops itself."""
 
+import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,10 +14,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
+from support.consortium import until
+from support.fault_table import SAME_END, Row, note
+from support.runs import Runs
 
 from cluster import jobs
 from cluster.local import _MARK
+from cluster.session import ray_session
 from fedsam_core.errors import ClusterError
+from pipelines import submit
+from pipelines.submit import working_dir
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +151,53 @@ def test_a_stopped_job_has_its_own_status(address):
     jobs.stop(address, job)
 
 
+@pytest.mark.faults
+def test_a_federation_that_is_stopped_as_a_job_goes_on_as_another(address, tmp_path):
+    """`ray job stop` leaves no process of the run, and `fedsam submit resume` brings it to the uninterrupted end."""
+    selection = "selection={name: own, lora: {encoder: [q], rank: 1}, local: [encoder.norms]}"
+    runs = Runs(tmp_path, selection, "federation.scaffold=true", "federation.rounds=6", "engine.site.cpus=0.3")
+    try:
+        settings = runs.settings("r", "engine.kind=ray")
+        job = jobs.submit(address, shlex.join(["python", "-m", "pipelines.federate", *settings]), working_dir())
+        until(lambda: list(runs.path("r").glob("checkpoints/*1.safetensors")), 300)
+        assert len(of_run(tmp_path)) >= 5  # the command, the driver, three sites
+        begun = time.monotonic()
+        jobs.stop(address, job)
+        assert jobs.follow(address, job) == jobs.STOPPED
+        until(lambda: not of_run(tmp_path))
+        seconds = time.monotonic() - begun
+        assert runs.in_mlflow("r").info.status == "KILLED"
+        with pytest.raises(SystemExit) as ended:
+            submit.main(["resume", "r", f"work_dir={tmp_path}", "--address", address])
+        assert ended.value.code == 0
+        until(lambda: not of_run(tmp_path))
+        runs.goes_well("federate", *runs.settings("whole"))
+        assert runs.result("r") == runs.result("whole")
+        entries = [json.loads(line) for line in (runs.path("r") / "record.jsonl").read_bytes().splitlines()]
+        assert [entry["kind"] for entry in entries].count("resumed") == 1
+        assert runs.in_mlflow("r").info.status == "FINISHED"
+    finally:
+        runs.zygote.close()
+    note(Row("`ray job stop`, then `fedsam submit resume`", "Ray job", SAME_END, 0, seconds))
+
+
+def of_run(folder):
+    """Ids of the processes of a run on our cluster: its command's, and those of sites and driver."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        with suppress(psutil.Error, OSError):
+            if process.info["status"] == psutil.STATUS_ZOMBIE:
+                continue
+            if re.match(r"ray::(SiteActor|FederationDriver|site )", line):
+                raylet = process.parent()  # others' tests may have sites, too
+                if raylet and raylet.environ().get("RAY_AUTH_TOKEN") == os.environ["RAY_AUTH_TOKEN"]:
+                    found.append(process.pid)
+            elif "-m pipelines." in line and str(folder) in line:
+                found.append(process.pid)
+    return found
+
+
 def test_mishaps_are_one_line_with_the_fix(address, free_port, tmp_path, monkeypatch):
     def refused(action, *parts):
         with pytest.raises(ClusterError) as error:
@@ -169,6 +226,39 @@ def test_the_cluster_is_closed_to_whoever_lacks_its_token(address, monkeypatch):
             monkeypatch.setenv("RAY_AUTH_TOKEN", token)
         with pytest.raises(ClusterError, match=r"wants a token \(40[13]\): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"):
             jobs.submit(address, "true")
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64])
+def test_a_command_without_the_clusters_token_is_told_at_once(address, monkeypatch, token):
+    """Ray itself would knock for 20 s before it says that it failed to connect."""
+    monkeypatch.setenv("RAY_ADDRESS", head_of_cluster())
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("it was let through to Ray"))
+    with pytest.raises(pytest.fail.Exception, match="let through"), ray_session():
+        pass
+    if token is None:
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+    else:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    said = "wants a token" if token is None else "does not take this process's token"
+    with (
+        pytest.raises(ClusterError, match=f"{said}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what"),
+        ray_session(),
+    ):
+        pass
+
+
+def head_of_cluster():
+    """HOST:PORT of the head of the cluster that this process has the token of."""
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.Error, OSError):
+            options = dict(part.split("=", 1) for part in process.info["cmdline"] or [] if "=" in part)
+            if (
+                "--gcs_server_port" in options
+                and process.environ().get("RAY_AUTH_TOKEN") == os.environ["RAY_AUTH_TOKEN"]
+            ):
+                return f"{options['--node-ip-address']}:{options['--gcs_server_port']}"
+    raise AssertionError("no head")
 
 
 def test_nothing_outlives_a_cluster_and_the_neighbor_stays(address):

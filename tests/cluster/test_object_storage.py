@@ -1,6 +1,7 @@
 """Object storage when things go wrong, on a real SeaweedFS: wrong keys, a server that is killed, two writers."""
 
 import hashlib
+import os
 import shutil
 import threading
 import time
@@ -10,15 +11,19 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 from s3fs.errors import translate_boto_error
+from support.fault_table import SAME_END, Row, note
 
 from cluster.store import S3Store, open_store
 from cluster.tracking import Tracking, TrackingConfig
 from fedsam_core.errors import RoundError, StoreError
 from fedsam_core.federation.site import FederatedSite
+from fedsam_core.federation.state import read_note
 from fedsam_core.store import LocalStore
 from pipelines import federate, prepare, verify
 from pipelines.commits import RunCommits, check_results, fetch_run, round_place
 from pipelines.stage import Stage
+
+OUTAGE_SECONDS = float(os.environ.get("FEDSAM_TEST_OUTAGE_SECONDS", "15"))
 
 
 def test_what_is_there_is_not_created_again(store):
@@ -286,15 +291,18 @@ def run_stage(stage: Stage, tmp_path: Path, server, *overrides: str) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.faults
 def test_a_server_killed_in_the_middle_of_a_round(seaweed, tmp_path, monkeypatch, capsys):
-    """It is started again a little later: the run ends well, and every round is in the bucket."""
-    fit, fitted, restarts = FederatedSite.fit, [], []
+    """It is started again a little later: the run ends as if nothing had been, and every round is in the bucket."""
+    fit, fitted, restarts, begun = FederatedSite.fit, [], [], 0.0
 
     def killing(self, *args, **options):
+        nonlocal begun
         fitted.append(self)
         if len(fitted) == 4:  # round 2 has begun
             seaweed.kill()
-            restarts.append(threading.Timer(15, seaweed.start))
+            begun = time.monotonic()
+            restarts.append(threading.Timer(OUTAGE_SECONDS, seaweed.start))
             restarts[0].start()
         return fit(self, *args, **options)
 
@@ -304,6 +312,7 @@ def test_a_server_killed_in_the_middle_of_a_round(seaweed, tmp_path, monkeypatch
     finally:
         for restart in restarts:
             restart.join()
+    seconds = time.monotonic() - begun
     said = capsys.readouterr()
     assert status == 0, said.out + said.err
     assert len(restarts) == 1
@@ -320,6 +329,12 @@ def test_a_server_killed_in_the_middle_of_a_round(seaweed, tmp_path, monkeypatch
     assert {check.status for check in verify.checks(back, None)} == {"ok", "not checked"}
     artifacts = open_store(f"s3://{seaweed.server.bucket}/{tmp_path.name}/mlflow", seaweed.server.endpoint).list()
     assert any(key.endswith("adapter_model.safetensors") for key in artifacts)
+
+    assert run_stage(federate.STAGE, tmp_path, seaweed.server, f"work_dir={tmp_path / 'again'}") == 0
+    (again,) = (tmp_path / "again" / "runs").iterdir()
+    states = [read_note((run / "state.safetensors").read_bytes())["state_hash"] for run in (folder, again)]
+    assert states[0] == states[1]
+    note(Row(f"object store away for {OUTAGE_SECONDS:g} s in fit", "one process, S3", SAME_END, 0, seconds))
 
 
 def test_a_flipped_byte_in_a_shard(s3_server, tmp_path, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from support.fault_table import SAME_END, Row, note
 from support.runs import Runs
 
 COMMON = (
@@ -29,6 +30,7 @@ def actors() -> list[str]:
     ]
 
 
+@pytest.mark.faults
 def test_killed_and_stopped_on_a_cluster(
     ray_cluster: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,8 +49,10 @@ def test_killed_and_stopped_on_a_cluster(
         assert re.search(rf"the federation's driver died \(ActorDiedError: .*pid: {found[1]}.*Worker exit type: ", said)
         assert runs.in_mlflow("r").info.status == "KILLED"
 
+        begun = time.monotonic()
         child = runs.zygote.start("federate", runs.settings("r", "engine.kind=ray"))
         child.wait_for("goes on after round ", 300)
+        seconds = time.monotonic() - begun
         runs.goes_well("stop", "r", f"work_dir={tmp_path}")
         assert child.wait()[0] == 130
         assert runs.in_mlflow("r").info.status == "KILLED"
@@ -62,5 +66,6 @@ def test_killed_and_stopped_on_a_cluster(
         assert runs.result("r") == runs.result("whole")
         assert runs.in_mlflow("r").info.status == "FINISHED"
         runs.goes_well("verify", str(runs.path("r")))
+        note(Row("driver's actor killed", "Ray", SAME_END, 0, seconds))
     finally:
         runs.zygote.close()

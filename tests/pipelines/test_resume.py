@@ -5,12 +5,14 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
 from mlflow.tracking import MlflowClient
+from support.fault_table import SAME_END, Row, note
 from support.runs import Runs
 from support.zygote import KILLED
 
@@ -62,6 +64,32 @@ def test_killed_between_the_file_operations_of_its_checkpoints(runs: Runs, whole
     record = runs.path("killed") / "record.jsonl"
     record.write_bytes(record.read_bytes().replace(b'"kind":"resumed"', b'"kind":"Resumed"', 1))
     assert runs.zygote.run("verify", [str(runs.path("killed"))])[0] == 1
+
+
+@pytest.mark.faults
+def test_killed_in_each_stage_of_a_round(runs: Runs, whole: dict[str, Any]) -> None:
+    """One run, killed seven times, each time in another stage; it is taken up by the same command."""
+    settings, rows, killed = runs.settings("staged"), [], ""
+    for stage in ("advertise", "share", "fit", "confirm", "unmask", "checkpoint write", "score", ""):
+        at, die_in = (9, "") if stage == "checkpoint write" else (0, stage)
+        begun = time.monotonic()
+        child = runs.zygote.start("federate", settings, die_at=at, die_in=die_in)
+        if killed:
+            child.wait_for("sites are open")
+            seconds = time.monotonic() - begun
+            rows.append(Row(f"driver killed in {killed}", "one process", SAME_END, 0, seconds, said=""))
+        status, said = child.wait()
+        assert status == (KILLED if stage else 0), said
+        finished = sorted(int(path.stem) for path in (runs.path("staged") / "checkpoints").glob("*.safetensors"))
+        # A round that was finished stays so; the one under way is repeated.
+        last = {"": (ROUNDS,), "score": (ROUNDS,), "checkpoint write": (0, 1)}
+        assert not stage or finished[-1] in last.get(stage, (0,))
+        killed = stage
+    assert runs.result("staged") == whole
+    said = runs.goes_well("verify", "--json", str(runs.path("staged")))
+    assert {check["status"] for check in json.loads(said)} == {"ok", "not checked"}
+    for row in rows:
+        note(row)
 
 
 def test_stopped_and_terminated_and_gone_on_with(runs: Runs, whole: dict[str, Any]) -> None:

@@ -22,13 +22,14 @@ FAULTS = ("die before", "die after", "hang", "slow", "raise", "garbage", "corrup
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls a site, once.
+    """What befalls a site, once unless it is said otherwise.
 
     Attributes:
         round: of training in which it does; None for every call of the method.
         method: of the site.
         what: one of `FAULTS`.
         seconds: for "slow".
+        lasting: from that round on, and not once.
     """
 
     site: str
@@ -36,6 +37,7 @@ class Fault:
     method: str
     what: str
     seconds: float = 0.0
+    lasting: bool = False
 
 
 class FaultySite:
@@ -77,7 +79,7 @@ class FaultySite:
         return getattr(self.site, method)(**keywords)
 
     def _due(self, fault: Fault) -> bool:
-        if fault.round is None:
+        if fault.round is None or (fault.lasting and fault.round <= self._round):
             return True
         mark = self._folder / f"{fault.site}-{fault.round}-{fault.method}-{fault.what}"
         if fault.round != self._round or mark.exists():

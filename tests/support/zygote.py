@@ -1,7 +1,7 @@
 """Commands in processes of their own that begin at once and can be killed: forked from one that has all imports.
 
 The parent half is `Zygote`; the process itself is this module, run as a script. A command may be told to kill itself
-(SIGKILL) before one of the file operations by which its driver finishes a round.
+(SIGKILL) in a stage of a round, or before one of the file operations by which its driver finishes a round.
 """
 
 import json
@@ -37,20 +37,30 @@ class Zygote:
         assert self._read() == {"ready": True}
 
     def start(
-        self, module: str, arguments: Sequence[str], die_at: int = 0, count: bool = False, pause: float = 0.0
+        self,
+        module: str,
+        arguments: Sequence[str],
+        die_at: int = 0,
+        count: bool = False,
+        pause: float = 0.0,
+        die_in: str = "",
     ) -> "Child":
-        """Begins a command; it kills itself before file operation `die_at` of the first round that it finishes.
+        """Begins a command; it kills itself before file operation `die_at` of the first round that it finishes, or once
+        sites have done what they are asked in stage `die_in` of a round's update, or in "score" after the last round.
         `count` has it say how many there are, in the last line of its output. It rests for `pause` seconds before it
         finishes a round."""
         self._count += 1
         log = self._folder / f"{self._count}.log"
         log.touch()
-        self._write(module=module, arguments=list(arguments), log=str(log), die_at=die_at, count=count, pause=pause)
+        asked = {"die_at": die_at, "count": count, "pause": pause, "die_in": die_in}
+        self._write(module=module, arguments=list(arguments), log=str(log), **asked)
         return Child(self, self._read()["pid"], log)
 
-    def run(self, module: str, arguments: Sequence[str], die_at: int = 0, count: bool = False) -> tuple[int, str]:
+    def run(
+        self, module: str, arguments: Sequence[str], die_at: int = 0, count: bool = False, die_in: str = ""
+    ) -> tuple[int, str]:
         """A command to its end: exit status (negative for a signal) and output."""
-        return self.start(module, arguments, die_at, count).wait()
+        return self.start(module, arguments, die_at, count, die_in=die_in).wait()
 
     def close(self) -> None:
         """Ends it; its children have been waited for."""
@@ -117,6 +127,8 @@ def _run(asked: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if asked["die_at"] or asked["count"]:
         _count_operations(asked["die_at"], asked["count"])
+    if asked["die_in"]:
+        _die_in(asked["die_in"])
     if asked["pause"]:
         _rest(asked["pause"])
     from importlib import import_module
@@ -147,6 +159,25 @@ def _rest(seconds: float) -> None:
         original(self, *arguments)
 
     Recorder.after_round = after_round  # type: ignore[method-assign]
+
+
+def _die_in(stage: str) -> None:
+    """The driver is gone when sites have answered a call, and before it makes anything of their answers."""
+    from fedsam_core.federation.engine import InProcessEngine
+
+    original, task = InProcessEngine.call, ""
+
+    def call(self: InProcessEngine, method: str, args: Any, *rest: Any) -> Any:
+        nonlocal task
+        if method == "advertise":
+            asked = next(iter(args.values()))
+            task = asked["task"]["purpose"] if json.loads(asked["attempt"])["round"] else ""
+        replies = original(self, method, args, *rest)
+        if method == stage and task == ("scores" if stage == "score" else "update"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replies
+
+    InProcessEngine.call = call  # type: ignore[method-assign]
 
 
 def _count_operations(die_at: int, count: bool) -> None:

@@ -4,11 +4,13 @@ In one process, on toys; `tests/cluster/test_faults.py` does the same to real pr
 """
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fault_table import SURVIVORS, Row, note
 from support.faults import Fault, FaultySite
 from support.toys import Oracle, ToySite, slices_of, toy_federation, toy_specs
 
@@ -40,11 +42,14 @@ MATRIX = [
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("secure_sum", "method", "what"), MATRIX)
 def test_the_sum_is_the_survivors_and_the_site_is_back(tmp_path: Path, secure_sum: str, method: str, what: str) -> None:
     federation, sites, oracle = faulty(tmp_path, [Fault(BAD, 2, method, what)], secure_sum=secure_sum)
     assert oracle.train(federation, 1).contributors == tuple(sites)
+    begun = time.monotonic()
     total = oracle.train(federation, 2)
+    seconds, why = time.monotonic() - begun, federation.disturbed.get(BAD, "")
     assert federation.failed == []  # at the first attempt
     assert (BAD in total.contributors) == (method in AFTER_THE_VECTOR)
     assert set(total.contributors) == set(sites) - ({BAD} if method not in AFTER_THE_VECTOR else set())
@@ -57,8 +62,11 @@ def test_the_sum_is_the_survivors_and_the_site_is_back(tmp_path: Path, secure_su
     # What every site keeps follows the sums, whatever it saw of them.
     assert {name: site.counted() for name, site in sites.items()} == oracle.counted
     assert federation.attendance.absent == ({} if method in AFTER_THE_VECTOR else {BAD: 1})
+    if (secure_sum, what) == ("masked", "corrupt"):
+        note(Row(f"a bit of the message flipped in {method}", "one process", SURVIVORS, 0, seconds, said=why))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
@@ -74,6 +82,8 @@ def test_what_a_site_cannot_send_or_keep_costs_it_the_round_alone(tmp_path: Path
     assert re.search(reason, total.lost[BAD])
     assert oracle.train(federation, 3).contributors == tuple(sites)
     assert {name: site.counted() for name, site in sites.items()} == oracle.counted
+    fault = {"nan": "NaN in one site's update", "disk full": "a site's disk is full"}[what]
+    note(Row(fault, "one process", SURVIVORS, said=total.lost[BAD]))
 
 
 def test_a_site_that_comes_back_restarted_between_vector_and_unmask_knows_that_it_counted(tmp_path: Path) -> None:
@@ -145,6 +155,7 @@ def timed(tmp_path: Path, seconds: Callable[[str, str], float], **federation: An
     return opened, engine, Oracle(specs, opened.total_weight())
 
 
+@pytest.mark.faults
 def test_a_site_that_is_twenty_times_slower_is_not_waited_for(tmp_path: Path) -> None:
     slow = {"fit": 5.0}
 
@@ -161,6 +172,8 @@ def test_a_site_that_is_twenty_times_slower_is_not_waited_for(tmp_path: Path) ->
     total = oracle.train(federation, 1)
     assert total.lost == {BAD: "no answer to fit within 7 s"}
     assert engine.waited < 8
+    fault = "20 times slower than the others, which have 2 s more"
+    note(Row(fault, "one process, a clock of its own", SURVIVORS, 0, engine.waited, said=total.lost[BAD]))
     for number in (2, 3):
         assert BAD not in oracle.train(federation, number).contributors
     engine.waited = 0.0
@@ -224,6 +237,74 @@ def test_a_sum_that_sites_began_to_open_is_opened_for_the_same_survivors_or_not_
     assert {name: site.counted() for name, site in sites.items()} == oracle.counted
 
 
+@pytest.mark.faults
+def test_a_survivor_that_never_returns_costs_the_round_and_not_the_run(tmp_path: Path) -> None:
+    """Its sum was being opened, and may be opened neither without it nor for others: the state stays as it is."""
+    gone = "site-002"
+    faults = [Fault(BAD, 2, "fit", "raise"), Fault(gone, 2, "unmask", "die before")]
+    faults.append(Fault(gone, 2, "open", "raise", lasting=True))
+    federation, sites, oracle = faulty(tmp_path, faults, sites=6)
+    oracle.train(federation, 1)
+    before = federation.server.state.hash
+    step, totals = federation.train(2, oracle.weight)
+    assert (step.given_up, step.state.hash, totals) == (True, before, ())
+    assert len(federation.failed) == 2
+    assert federation.failed[1].startswith("the round was given up: round 2 failed: only 4 of the 5 sites")
+    why = federation.failed[1]
+    for number in (3, 4):
+        assert set(oracle.train(federation, number).contributors) == set(sites) - {gone}
+        assert federation.failed == []
+    assert federation.attendance.absent == {**dict.fromkeys(sites, 1), gone: 3}
+    assert {name: site.counted() for name, site in sites.items() if name != gone} == dict.fromkeys(
+        sorted(sites.keys() - {gone}), 3
+    )
+    fault = "two sites lost in a round of six, one in unmask and for good"
+    note(Row(fault, "one process", SURVIVORS, lost_rounds=1, said=why))
+
+
+def test_a_round_that_is_given_up_costs_its_privacy(tmp_path: Path) -> None:
+    """Nobody knows who has seen its sum."""
+    faults = [Fault(site, 2, "unmask", "die before") for site in (BAD, "site-002")]
+    faults.append(Fault(BAD, 2, "open", "raise", lasting=True))
+    private = {"privacy": {"clip": 1.0, "noise_multiplier": 1.0}, "weights": "equal", "bits": 24}
+    federation, _, _ = faulty(tmp_path, faults, **private)
+    spent = [federation.train(number, 4.0)[0].epsilon or 0.0 for number in (1, 2, 3)]
+    assert 0 < spent[0] < spent[1] < spent[2]
+    assert federation.server.facts()["spent"] == [4, 4, 3]
+
+
+def test_a_survivor_that_never_returns_ends_the_run_where_the_others_are_too_few(tmp_path: Path) -> None:
+    faults = [Fault(BAD, 2, "unmask", "die before"), Fault(BAD, 2, "open", "raise", lasting=True)]
+    federation, _, oracle = faulty(tmp_path, faults, sites=3)
+    oracle.train(federation, 1)
+    with pytest.raises(RoundError, match="round 2 failed: only 2 of the 3 sites"):
+        federation.train(2, oracle.weight)
+    assert federation.done == 1  # a run that is resumed repeats the round
+
+
+def test_a_site_that_hangs_only_in_validations_is_parked_from_them_and_trains_on(tmp_path: Path) -> None:
+    asked: set[int] = set()
+
+    def seconds(site: str, method: str) -> float:
+        if (site, method) == (BAD, "score"):
+            asked.add(federation.done)
+            return 1e9
+        return 1.0
+
+    settings = {"rounds": 24, "validate_every": 2, "park_after": 2, "weights": "equal"}
+    federation, _, oracle = timed(tmp_path, seconds, **settings)
+    reports: list[RoundReport] = []
+    run_rounds(federation, lambda report, _: reports.append(report))
+    assert all(report.contributors == tuple(oracle.specs) for report in reports)
+    assert [number // 2 for number in sorted(asked)] == [1, 2, 4, 7, 12]  # rests of 1, 2, 4 validations
+    assert federation.attendance.absent == {}
+    told = federation.attendance.unfit_to_validate(13)[BAD]
+    assert told.startswith("parked until validation 21: it failed 5 validations in a row (no answer to score within")
+    again, _, _ = faulty(tmp_path / "again", [], weights="equal")
+    again.attendance.restore(federation.attendance.to_dict())
+    assert again.attendance.unfit_to_validate(13) == {BAD: told}
+
+
 def test_a_site_that_fails_again_and_again_is_parked_for_longer_and_longer(tmp_path: Path) -> None:
     federation, sites, oracle = faulty(tmp_path, [Fault(BAD, None, "fit", "raise")], park_after=2)
     reasons = {number: oracle.train(federation, number).lost[BAD] for number in range(1, 16)}
@@ -237,7 +318,7 @@ def test_a_site_that_fails_again_and_again_is_parked_for_longer_and_longer(tmp_p
     for number in range(16, 22):
         total = oracle.train(federation, number)
         assert (BAD in total.contributors) == (number >= 21)
-    assert federation.attendance.to_dict()[BAD]["failures"] == 0
+    assert federation.attendance.to_dict()[BAD]["training"]["failures"] == 0
 
 
 def test_parked_sites_are_asked_where_the_others_are_too_few(tmp_path: Path) -> None:

@@ -180,6 +180,58 @@ def test_a_sum_that_a_lost_driver_had_opened_is_opened_for_the_same_sites(
     assert "without a gap but for 1 resumptions" in found["attempts"].detail
 
 
+def test_a_sum_that_can_be_opened_no_more_costs_its_round(consortium: tuple[PreparedCohort, dict[str, Any]]) -> None:
+    """Two of four sites are lost while they open round 2, one of them for good: the run goes on from the same state,
+    also in the hands of another driver, and its record says so."""
+    prepared, pinned = consortium
+    run = course(prepared, {"selection": LOCAL, "rounds": 3, "validate_every": 1, "key_dir": pinned["key_dir"]})
+    fits = 0
+
+    class Gone(Failing):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.gone: set[str] = set()
+
+        def call(self, method: str, args: Mapping[str, Mapping[str, Any]], deadline: float, *rest: Any) -> Any:
+            nonlocal fits
+            fits += method == "fit"
+            lost = {site: "no answer" for site in args if site in self.gone}
+            if (method, fits) == ("unmask", 2):
+                self.gone = {"site-d"}
+                lost = dict.fromkeys(("site-c", "site-d"), "no answer")
+            if (method, fits) == ("fit", 3) and self._at:
+                raise Lost
+            replies, more = super().call(method, {s: a for s, a in args.items() if s not in lost}, deadline)
+            return replies, lost | more
+
+        def poll(self, method: str, args: Mapping[str, Mapping[str, Any]], seconds: float) -> Any:
+            if lost := {site: "no answer" for site in args if site in self.gone}:
+                return {}, lost
+            return self._engine.poll(method, args, seconds)
+
+    with pytest.raises(Lost):
+        run.drive(10**6, engine=Gone)
+    entries, _ = read_chain(run.lines)
+    states = {entry["round"]: entry for entry in entries if entry["kind"] == "state"}
+    assert (states[2]["state_hash"], states[2]["sums"]) == (states[1]["state_hash"], [])
+    assert [unpack_checkpoint(data).round for data in run.saved] == [0, 1, 2]
+    resumed = run.drive()  # on from the round that was given up
+    entries, _ = read_chain(resumed.record.lines)
+    states = {entry["round"]: entry for entry in entries if entry["kind"] == "state"}
+    assert len({entry["state_hash"] for entry in states.values()}) == 3
+    found = {check.what: check for check in run.verify(None)}
+    assert "failed" not in {check.status for check in found.values()}
+    assert "3 of 3 rounds repeated bit for bit" in found["states"].detail
+    # What was not half opened, or another state, is no round that was given up.
+    for change in ({"state_hash": "0" * 64}, {"sums": [1]}):
+        lines, head = list[bytes](), GENESIS
+        for entry in entries:
+            told = {**entry, **(change if entry["kind"] == "state" and entry["round"] == 2 else {}), "previous": head}
+            lines.append(json.dumps(told, sort_keys=True, separators=(",", ":")).encode())
+            head = sha256(lines[-1]).hexdigest()
+        assert "states" in {check.what for check in run.verify(None, lines) if check.status == "failed"}
+
+
 def test_a_site_that_no_longer_has_the_round_is_named(prepared: PreparedCohort) -> None:
     run = course(prepared, {"selection": LOCAL, "rounds": 5})
     run.drive()
