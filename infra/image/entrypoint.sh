@@ -40,7 +40,7 @@ role=${1:-}
 case "$role" in
   head | site)
     shift
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="${SECRETS:?}/ray-token" RAY_USAGE_STATS_ENABLED=0
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="${SECRETS:?}/ray-token" RAY_USAGE_STATS_ENABLED=0 RAY_JOB_STOP_WAIT_TIME_S=20
     secret ray-token >/dev/null
     # The driver's runs log to MLflow as its admin; children of Ray inherit it.
     if [ -r "$SECRETS/mlflow-password" ]; then
