@@ -139,9 +139,7 @@ def runs_of(
 def plain_loop(learner: Learner, options: argparse.Namespace) -> Callable[[], None]:
     """The training loop without any of the means that this benchmark is about."""
     segmenter = learner.segmenter
-    for module in segmenter.modules():
-        if isinstance(module, SplitAttention):
-            module.forward = OfficialAttention(module)  # type: ignore[method-assign]
+    install_official_attention(segmenter)
     trained = [parameter for parameter in segmenter.parameters() if parameter.requires_grad]
     batches = learner._draw_batches(np.random.default_rng(0), options.steps)
 
@@ -157,6 +155,13 @@ def plain_loop(learner: Learner, options: argparse.Namespace) -> Callable[[], No
             optimizer.step()
 
     return loop
+
+
+def install_official_attention(segmenter: SamSegmenter) -> None:
+    """Lets the encoder compute attention as `segment_anything` does, on the same weights."""
+    for module in segmenter.modules():
+        if isinstance(module, SplitAttention):
+            module.forward = OfficialAttention(module)  # type: ignore[method-assign]
 
 
 class OfficialAttention(nn.Module):

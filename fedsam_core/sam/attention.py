@@ -45,8 +45,9 @@ class SplitAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, size, size, dim] to tokens of the same shape."""
         batch, height, width, dim = x.shape
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not by each of the projections
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))  # once, not by each of the projections
         q, k, v = (
             layer(x).view(batch, height, width, self.heads, -1) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )

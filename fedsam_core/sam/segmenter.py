@@ -107,14 +107,14 @@ class SamSegmenter(nn.Module):
         Returns:
             embeddings [B, 256, S/16, S/16] after all stages, before that tokens [B, S/16, S/16, width].
         """
-        return self._advance(self._pixels(images), 0, stages)
+        return self.advance(self._pixels(images), 0, stages)
 
     def finish(self, x: Tensor, stages: int) -> Tensor:
         """What `begin` gave, to the logits that `forward` gives."""
-        return self.decode(self._advance(x, stages, len(self.stages())))
+        return self.decode(self.advance(x, stages, len(self.stages())))
 
-    def _advance(self, x: Tensor, first: int, end: int) -> Tensor:
-        """Through the stages from `first` to before `end`."""
+    def advance(self, x: Tensor, first: int, end: int) -> Tensor:
+        """What enters stage `first`, to what stage `end - 1` gives."""
         again = self.checkpointing and torch.is_grad_enabled()
         for stage in self.stages()[first:end]:
             # No stage draws a random number, so none has to be put back for the second pass.
