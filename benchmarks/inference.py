@@ -70,8 +70,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     labels: dict[str, Array] = {}
-    for way in ways.values():
-        way() if options.repeats > 1 else None
     for _ in range(options.repeats):
         for name, way in ways.items():
             held: list[Array] = []

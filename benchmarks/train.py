@@ -13,17 +13,20 @@ Each selection is trained from the same batches by, in turn and again and again:
 and what is printed for each is the time of a slice (median over `--repeats`; of the process's CPU time, all threads,
 and of the clock), how many times faster than plain it is, and its ratio to the floor: the floating point operations of
 the plain step, as torch counts them, at the rate that the encoder's own largest products reach in that dtype, measured
-between the steps. The cached rows' floor counts the operations that are left. Random weights and images: the time does
-not depend on them.
+between the steps. The cached rows' floor counts the operations that are left. A measurement is of the steps alone: what
+a round does once (the state put into the model, frozen weights cast) is not in it. Random weights and images: the time
+does not depend on them.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -37,9 +40,11 @@ from fedsam_core.data.preprocess import PreparedCase
 from fedsam_core.data.slices import SliceConfig, SliceDataset
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.learner import Learner
-from fedsam_core.sam.adapters import adapt, shared_state
+from fedsam_core.learning.steps import fit_steps
+from fedsam_core.sam.adapters import State, adapt, shared_state
 from fedsam_core.sam.attention import SplitAttention, attend
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter
+from fedsam_core.sam.geometry import BACKBONES
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import preset
 
@@ -82,9 +87,9 @@ def step_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         slices = options.batch * options.steps
         times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in runs}
         rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-        for repeat in range(options.repeats + 1):
+        for repeat in range(options.repeats + 1):  # in turn, so that what else the machine does falls on all alike
             for variant, (run, _) in runs.items():
-                clock, cpu = timed(run)
+                clock, cpu = run()
                 if repeat:  # the first one fills caches, the allocator's too
                     times[variant].append((1000 * cpu / slices, 1000 * clock / slices))
             for dtype, found in rates.items():
@@ -112,10 +117,10 @@ def step_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def runs_of(
     name: str, dataset: SliceDataset, options: argparse.Namespace
-) -> dict[str, tuple[Callable[[], Any], float]]:
-    """By variant: a function that takes the steps, and the operations of a slice."""
+) -> dict[str, tuple[Callable[[], tuple[float, float]], float]]:
+    """By variant: a function that takes the steps and says how long they took, and the operations of a slice."""
     selection, model = preset(name), ModelConfig(backbone=options.backbone, image_size=options.size)
-    found: dict[str, tuple[Callable[[], Any], float]] = {}
+    found: dict[str, tuple[Callable[[], tuple[float, float]], float]] = {}
     for variant in ("plain", *options.variants):
         segmenter = build_segmenter(model, CLASSES, selection, seed=0)
         manifest = adapt(segmenter, selection)
@@ -126,14 +131,28 @@ def runs_of(
         state = shared_state(segmenter, manifest)
         if variant == "plain":
             all_flops, left = counted(segmenter, options)
-            found[variant] = (plain_loop(learner, options), all_flops)
+            found[variant] = (partial(timed, plain_loop(learner, options)), all_flops)
         elif variant == "cached":
             assert learner.prefix is not None
             if learner.prefix.stages:
-                found[variant] = (lambda fit=learner.fit, state=state: fit(state, 1, 1, 0), left)
+                found[variant] = (partial(timed_steps, learner, state), left)
         else:
-            found[variant] = (lambda fit=learner.fit, state=state: fit(state, 1, 1, 0), all_flops)
+            found[variant] = (partial(timed_steps, learner, state), all_flops)
     return found
+
+
+def timed_steps(learner: Learner, state: State) -> tuple[float, float]:
+    """Seconds of the clock and of the CPU that the steps of a round take; the same round whenever it is asked for."""
+    taken: list[tuple[float, float]] = []
+
+    def steps(*args: Any, **options: Any) -> Any:
+        results: list[Any] = []
+        taken.append(timed(lambda: results.append(fit_steps(*args, **options))))
+        return results[0]
+
+    with patch("fedsam_core.learning.learner.fit_steps", steps):
+        learner.fit(state, 1, 1, 0)
+    return taken[0]
 
 
 def plain_loop(learner: Learner, options: argparse.Namespace) -> Callable[[], None]:
@@ -202,7 +221,7 @@ def counted(segmenter: SamSegmenter, options: argparse.Namespace) -> tuple[float
 
 def gemm_rate(options: argparse.Namespace, dtype: torch.dtype) -> float:
     """Operations a second of a batch's tokens times the MLP's weights, one block after the other."""
-    width = {"vit_t": 192, "vit_b": 768, "vit_l": 1024, "vit_h": 1280}[options.backbone]
+    width = BACKBONES[options.backbone].embed_dim
     tokens = options.batch * (options.size // 16) ** 2
     x, wide = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens, 4 * width, dtype=dtype)
     weights = [torch.randn(4 * width, width, dtype=dtype) for _ in range(6)]

@@ -92,7 +92,7 @@ class FrozenPrefix:
         frozen = hashlib.sha256()
         for stage in self.segmenter.stages()[: self.stages]:
             for parameter in stage.parameters:
-                frozen.update(parameter.detach().cpu().contiguous().numpy())
+                frozen.update(parameter.detach().cpu().contiguous().numpy().data)
         made_by = f"{frozen.hexdigest()} {seed}"
         if made_by != self._made_by:
             self._kept, self.nbytes, self._made_by = {}, 0, made_by
@@ -126,7 +126,7 @@ class FrozenPrefix:
 
     def finish(self, x: Tensor) -> Tensor:
         """What `batch` gave, on the segmenter's device, to logits [B, 1 + classes, S, S]."""
-        return self.segmenter.finish(x, self.stages) if self.stages else self.segmenter(x)  # type: ignore[no-any-return]
+        return self.segmenter.finish(x, self.stages) if self.stages else self.segmenter(x)
 
     def _key(self, index: int, seed: int) -> Key:
         return index, self._seeds[derive_seed(seed, "view", *self.dataset.name(index)) % self.views]
@@ -143,7 +143,7 @@ class FrozenPrefix:
     def _encode(self, images: Tensor) -> Tensor:
         device = self.segmenter.input_scale.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            parts = images.to(device).split(1 if device.type == "cpu" else len(images))
+            parts = torch.split(images.to(device), 1 if device.type == "cpu" else len(images))
             made = torch.cat([self.segmenter.begin(part, self.stages) for part in parts])
         return made.to("cpu", self.autocast or torch.float32)
 
