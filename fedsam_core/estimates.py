@@ -66,11 +66,21 @@ def training_memory(
     # The grid's positions are computed with autocast switched off, which the meta device has none of.
     segmenter._positions = segmenter.prompt_encoder.get_dense_pe  # type: ignore[method-assign]
     images = torch.empty(learning.batch_size, 3, model.image_size, model.image_size, device="meta")
+    inputs, stages = 0, [0]  # bytes of what the encoder's stages are given, and of what each keeps
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        segmenter.train()(images).softmax(1).sum()
+        if learning.checkpointing:
+            # A checkpointed stage holds its input; what it would keep beside is there for one stage at a time.
+            x = segmenter.train().begin(images, 1)
+            for number in range(1, len(segmenter.stages())):
+                before, inputs = sum(storage.nbytes() for storage in kept.values()), inputs + x.nbytes
+                x = segmenter.advance(x, number, number + 1)
+                stages.append(sum(storage.nbytes() for storage in kept.values()) - before)
+            segmenter.decode(x).softmax(1).sum()
+        else:
+            segmenter.train()(images).softmax(1).sum()
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return TrainingMemory(
         weights=4 * sum(parameter.numel() for parameter in parameters),
         optimiser=4 * trained * (3 if learning.optimizer == "adamw" else 2 if learning.momentum else 1),
-        activations=sum(storage.nbytes() for storage in kept.values()),
+        activations=sum(storage.nbytes() for storage in kept.values()) - sum(stages) + max(stages) + inputs,
     )

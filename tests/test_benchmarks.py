@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, and the Dice table of the LoRA rules: runs that are claimed, kept and not repeated."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -7,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedsam_core.data.cohort import CohortConfig
 from fedsam_core.data.sources.phantom import PhantomConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import inference
 import round_overhead
 import rules
 import scale
 import soak
+import train
 
 BUDGET = rules.Budget(rounds=1, local_steps=1, batch_size=2, image_size=32, rank=2)
 
@@ -161,3 +165,26 @@ def test_the_exponent_of_a_power() -> None:
     x = [3.0, 6.0, 24.0]
     assert scale.exponent(x, [5 * value**1.5 for value in x]) == pytest.approx(1.5)
     assert scale.exponent(x, [7.0, 7.0, 7.0]) == pytest.approx(0.0)
+
+
+def test_the_papers_scheme_gives_the_same_labels_at_five_times_the_slices() -> None:
+    options = argparse.Namespace(backbone="vit_t", size=32, slices=6, edge=32, batch=4, repeats=1)
+    rows = {line["way"]: line for line in inference.measure(options)}
+    assert rows["fp32"]["labels_as_paper"] == 1.0
+    assert rows["bf16"]["labels_as_paper"] > 0.95
+
+
+def test_what_a_step_is_compared_with_is_the_same_step() -> None:
+    options = argparse.Namespace(backbone="vit_t", size=32, batch=2, steps=1, repeats=1, threads=1)
+    options.selections, options.variants = ["flap", "decoder"], ["fp32", "cached"]
+    rows = train.step_rows(options)
+    assert [line["variant"] for line in rows] == ["plain", "fp32", "plain", "fp32", "cached"]  # flap freezes no block
+    operations = [line["gflop_per_slice"] for line in rows if line["selection"] == "decoder"]
+    assert operations[0] == operations[1] > operations[2] > 0
+    with torch.no_grad():
+        ours, plain = (inference.built(argparse.Namespace(backbone="vit_t", size=112)) for _ in range(2))
+        train.install_official_attention(plain)
+        for block in ours.image_encoder.blocks[0], plain.image_encoder.blocks[0]:
+            block.attn.rel_pos_h.fill_(0.1)
+        images = torch.rand(1, 3, 112, 112)
+        torch.testing.assert_close(ours(images), plain(images), atol=1e-5, rtol=1e-5)

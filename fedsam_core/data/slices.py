@@ -127,6 +127,10 @@ class SliceDataset:
     def __len__(self) -> int:
         return len(self._case_of)
 
+    def name(self, index: int | np.integer) -> tuple[str, int]:
+        """A slice's case and its number therein: the same among whatever other cases."""
+        return self._names[self._case_of[index]], int(self._slice_of[index])
+
     def foreground_slices(self) -> npt.NDArray[np.bool_]:
         """bool [len]: which slices show any class."""
         shown = [label.any(axis=(1, 2)) for label in self._labels]
@@ -150,8 +154,7 @@ class SliceDataset:
             return torch.from_numpy(images), torch.from_numpy(labels).long()
         from fedsam_core.data.augment import augment  # MONAI takes seconds to import, and only training needs it
 
-        names = [(self._names[self._case_of[index]], int(self._slice_of[index])) for index in indices]
-        streams = [np.random.default_rng(derive_seed(seed, "augment", *name)) for name in names]
+        streams = [np.random.default_rng(derive_seed(seed, "augment", *self.name(index))) for index in indices]
         return augment(torch.from_numpy(images), torch.from_numpy(labels), streams, self.config)
 
     def _window(self, index: int) -> npt.NDArray[np.float16]:

@@ -1,6 +1,8 @@
 # mypy: untyped-calls-exclude=nibabel
 """Whole-volume inference: every slice is encoded once, and a long scan needs no more memory than its result.
 
+Slices without any signal (air, padding) look the same to the segmenter: one of a volume is encoded, for all of them.
+
 Slices go through the segmenter in batches. What comes back is resampled at once, batch by batch, so that no array of
 the model's square slices is ever kept for the whole volume.
 """
@@ -24,6 +26,7 @@ from fedsam_core.data.geometry import Geometry, resize
 from fedsam_core.data.preprocess import PreparedCase
 from fedsam_core.data.slices import SliceConfig, from_square, to_square, windows
 from fedsam_core.errors import DataError
+from fedsam_core.sam.casting import frozen_in
 from fedsam_core.sam.segmenter import SamSegmenter
 
 Array = np.ndarray[Any, Any]
@@ -56,7 +59,7 @@ def predict_volume(
         float32 [classes + 1, D, H, W]; sums to 1 over the classes, 0 is background.
     """
     probabilities = np.empty((segmenter.classes + 1, *case.image.shape), dtype=np.float32)
-    with _evaluating(segmenter):
+    with _evaluating(segmenter, autocast):
         for part, batch in _batches(segmenter, case, slices, image_size, batch_size, autocast):
             probabilities[:, part] = batch
     return probabilities
@@ -94,7 +97,7 @@ def segment_scan(
     first, last = (weights != 0).argmax(axis=1), total - 1 - (weights[:, ::-1] != 0).argmax(axis=1)
     labels = np.empty((depth, height * width), dtype=np.uint8)
     held, begin, done = np.empty((segmenter.classes + 1, 0, height * width), dtype=np.float32), 0, 0
-    with _evaluating(segmenter):
+    with _evaluating(segmenter, autocast):
         for part, batch in _batches(segmenter, case, slices, image_size, batch_size, autocast):
             fresh = resize(batch, (batch.shape[1], height, width), order=1)
             held = np.concatenate([held, fresh.reshape(*fresh.shape[:2], -1)], axis=1)
@@ -179,25 +182,38 @@ def _batches(
     neighbors = windows(np.arange(depth)[:, None, None], np.arange(depth), case.spacing[0], slices)[..., 0, 0]
     # Square slices are float16, as they are in training; of them only those that a later batch still looks at are kept.
     squares, first, end = np.empty((0, image_size, image_size), dtype=np.float16), 0, 0
+    blank: Probabilities | None = None  # of a slice without any signal, once there was one
     for start in range(0, depth, batch_size):
         part = slice(start, min(start + batch_size, depth))
         low, high = int(neighbors[part].min()), int(neighbors[part].max()) + 1
         fresh = to_square(case.image[end:high], image_size, 1, pixel).astype(np.float16)
         squares, first, end = np.concatenate([squares[low - first :], fresh]), low, high
-        images = torch.from_numpy(squares[neighbors[part] - first].astype(np.float32)).to(device)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            logits = segmenter(images)
-        probabilities = logits.float().softmax(dim=1).transpose(0, 1).cpu().numpy()
+        inputs = squares[neighbors[part] - first]
+        encoded = inputs.any(axis=(1, 2, 3))
+        first_blank = int(encoded.argmin()) if blank is None and not encoded.all() else None
+        if first_blank is not None:
+            encoded[first_blank] = True
+        probabilities = np.empty((segmenter.classes + 1, len(inputs), image_size, image_size), dtype=np.float32)
+        if encoded.any():
+            images = torch.from_numpy(inputs[encoded].astype(np.float32)).to(device)
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                logits = segmenter(images)
+            probabilities[:, encoded] = logits.float().softmax(dim=1).transpose(0, 1).cpu().numpy()
+        if first_blank is not None:
+            blank = probabilities[:, first_blank].copy()
+        if blank is not None:
+            probabilities[:, ~encoded] = blank[:, None]
         yield part, from_square(probabilities, (height, width), 1, pixel)
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; afterwards every module is in the mode that it was in."""
+def _evaluating(model: torch.nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
+    """Evaluation mode without gradients inside, frozen weights in the dtype that they are multiplied in; afterwards
+    every module is as it was."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        with frozen_in(model, autocast), torch.inference_mode():
             yield
     finally:
         for module, training in before.items():

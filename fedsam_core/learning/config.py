@@ -44,6 +44,22 @@ class LearningConfig(Settings):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16 autocasts the forward pass; auto does so where the device multiplies bf16 natively"
     )
+    checkpointing: bool = Field(
+        False,
+        description="keep the inputs of encoder blocks alone and compute the rest again in the backward pass: a third "
+        "more time, a fraction of the memory",
+    )
+    cache_views: int = Field(
+        0,
+        ge=0,
+        description="augmented views of each slice, drawn once for the run; what the encoder's frozen first part makes "
+        "of them is computed once. 0: every step augments anew and runs the whole encoder",
+    )
+    cache_gib: float = Field(
+        4.0,
+        gt=0,
+        description="most main memory that a site's cached views take; what does not fit is computed each time",
+    )
     threads: int = Field(
         1, ge=1, description="CPU threads of a site; part of what makes a run repeatable, hence never guessed"
     )

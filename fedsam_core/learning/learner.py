@@ -17,6 +17,7 @@ from fedsam_core.hashing import derive_seed
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.corrections import ControlVariate, Holes, Proximal
 from fedsam_core.learning.device import autocast_dtype
+from fedsam_core.learning.prefix import FrozenPrefix
 from fedsam_core.learning.schedule import learning_rate
 from fedsam_core.learning.steps import fit_steps
 from fedsam_core.sam.adapters import (
@@ -26,6 +27,7 @@ from fedsam_core.sam.adapters import (
     named_parameters,
     shared_state,
 )
+from fedsam_core.sam.casting import frozen_in
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import ALL_KINDS, LORA_SCALE, Kind, ManifestEntry, ParameterManifest
 
@@ -103,6 +105,14 @@ class Learner:
         self.config = config
         self.device = device
         self.autocast = autocast_dtype(config.precision, device)
+        self.segmenter.checkpointing = config.checkpointing
+        self.prefix = (
+            FrozenPrefix(
+                self.segmenter, dataset, config.cache_views, int(config.cache_gib * 2**30), self.autocast, self.who
+            )
+            if config.cache_views
+            else None
+        )
         self.loss = DiceCELoss(
             softmax=True,
             to_onehot_y=True,
@@ -135,15 +145,17 @@ class Learner:
         torch.set_num_threads(self.config.threads)
         start = self.load(state, assignment)
         self.segmenter.train()
-        with self._trained(assignment.kinds) as trained:
+        if self.prefix is not None:
+            self.prefix.open(derive_seed(seed, "views", self.site))
+        with self._trained(assignment.kinds) as trained, frozen_in(self.segmenter, self.autocast):
             parameters = [parameter for _, parameter in trained]
             optimizer = self._optimizer(trained, assignment)
             corrections = self._corrections(trained, assignment)
             round_seed = derive_seed(seed, "fit", round_number, self.site)
             steps = self.steps if assignment.steps is None else assignment.steps
             loss, overlap = fit_steps(
-                self.segmenter,
-                self.dataset,
+                self.prefix.finish if self.prefix else self.segmenter,
+                self.prefix or self.dataset,
                 self._draw_batches(np.random.default_rng(round_seed), steps),
                 [learning_rate(self.config, round_number, rounds, step, steps) for step in range(steps)],
                 optimizer,

@@ -7,7 +7,8 @@ the step. Only the Dice loss differs, as each process takes it over its own part
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fedsam_core.data.slices import SliceDataset
 from fedsam_core.errors import TrainingError
 from fedsam_core.hashing import derive_seed
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Samples(Protocol):
+    """Where a step's samples come from: the site's slices, or what frozen stages made of them."""
+
+    def batch(self, indices: Indices, seed: int, train: bool) -> tuple[Tensor, Tensor]:
+        """Inputs of the model, and labels int64 [B, H, W]."""
+        ...
 
 
 class Correction(Protocol):
@@ -31,8 +39,8 @@ class Correction(Protocol):
 
 
 def fit_steps(
-    segmenter: nn.Module,
-    dataset: SliceDataset,
+    model: Callable[[Tensor], Tensor],
+    samples: Samples,
     batches: Sequence[Indices],
     rates: Sequence[float],
     optimizer: torch.optim.Optimizer,
@@ -49,7 +57,10 @@ def fit_steps(
 ) -> tuple[float, Tensor]:
     """A step for each batch, in place.
 
+    A thread of its own makes each batch while the step before it is computed.
+
     Args:
+        model: inputs that `samples` gives, to logits.
         batches: slices of each step, of at least one for each process.
         rates: learning rate of each step.
         loss_of: (logits [B, 1 + classes, H, W], labels [B, 1, H, W]) -> scalar.
@@ -70,16 +81,15 @@ def fit_steps(
     rank, count = worker()
     losses: list[float] = []
     overlap: Tensor | None = None
-    for step, (indices, rate) in enumerate(zip(batches, rates, strict=True)):
+    parts = [indices[rank::count] for indices in batches]
+    ahead = _prefetched(samples, parts, seed, device)
+    for step, (indices, rate, (inputs, labels)) in enumerate(zip(batches, rates, ahead, strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        part = indices[rank::count]
-        share = len(part) / len(indices)
-        images, labels = dataset.batch(part, seed=derive_seed(seed, step), train=True)
-        images, labels = images.to(device), labels.to(device)
-        segmenter.zero_grad(set_to_none=True)
+        share = len(parts[step]) / len(indices)
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            logits = segmenter(images)
+            logits = model(inputs)
         loss = loss_of(logits.float(), labels[:, None])
         loss.backward()
         if count > 1:
@@ -103,6 +113,25 @@ def fit_steps(
         torch.distributed.all_reduce(mean)
         torch.distributed.all_reduce(overlap)
     return float(mean), overlap
+
+
+def _prefetched(
+    samples: Samples, parts: Sequence[Indices], seed: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The samples of each step in turn, on the device, made one step ahead."""
+
+    def make(step: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = samples.batch(parts[step], seed=derive_seed(seed, step), train=True)
+        # Memory that the GPU reads by itself, so that the copy takes no time of the step either.
+        return (inputs.pin_memory(), labels.pin_memory()) if device.type == "cuda" else (inputs, labels)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples") as pool:
+        coming = pool.submit(make, 0)
+        for step in range(len(parts)):
+            inputs, labels = coming.result()
+            if step + 1 < len(parts):
+                coming = pool.submit(make, step + 1)
+            yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def worker() -> tuple[int, int]:

@@ -87,9 +87,11 @@ def adapt(segmenter: SamSegmenter, selection: LayerSelection) -> ParameterManife
     if modules := lora_modules(selection, shapes):
         with seeded(derive_seed(segmenter.seed, "lora")):
             inject_adapter_in_model(_lora_config(modules), segmenter, _ADAPTER)
-        if LORA_SCALE in selection.local:
-            for module in modules:
-                _add_scale(segmenter.get_submodule(module))
+        for module in modules:
+            layer: Any = segmenter.get_submodule(module)
+            layer.cast_input_dtype_enabled = False  # autocast brings the input to the dtype that it is multiplied in
+            if LORA_SCALE in selection.local:
+                _add_scale(layer)
     selected = {entry.name for entry in (*manifest.shared, *manifest.local)}
     parameters = named_parameters(segmenter)
     for name, parameter in parameters.items():

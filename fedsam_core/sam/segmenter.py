@@ -1,9 +1,13 @@
 """Images to class logits: SAM's encoder and decoder, prompt-free."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from segment_anything.modeling import ImageEncoderViT, PromptEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fedsam_core.sam.decoder import ClassDecoder, HeadLayout
 from fedsam_core.selection import ParameterManifest
@@ -11,6 +15,14 @@ from fedsam_core.selection import ParameterManifest
 # SAM's input statistics (RGB, 0 to 255), from segment_anything.build_sam.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the image encoder: its function, and the parameters that it reads."""
+
+    run: Callable[[Tensor], Tensor]
+    parameters: tuple[nn.Parameter, ...]
 
 
 class SamSegmenter(nn.Module):
@@ -24,6 +36,8 @@ class SamSegmenter(nn.Module):
         seed: what new weights are drawn from, LoRA's A included.
         weights: "random(seed=..)" or "sam:" and the first 12 hex digits of the checkpoint's SHA-256.
         manifest: what is trained, once `adapt` was called.
+        checkpointing: while gradients are wanted, an encoder stage keeps its input alone and is computed again in the
+            backward pass.
     """
 
     input_scale: Tensor
@@ -52,6 +66,7 @@ class SamSegmenter(nn.Module):
         self.seed = seed
         self.weights = f"random(seed={seed})"
         self.manifest: ParameterManifest | None = None
+        self.checkpointing = False
         # (255 x - mean) / std as one multiplication and one addition.
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
         self.register_buffer("input_scale", 255 / std, persistent=False)
@@ -63,9 +78,52 @@ class SamSegmenter(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], float in [0, 1], to embeddings [B, 256, S/16, S/16]."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return self.begin(images, len(self.stages()))
+        return self.image_encoder(self._pixels(images))  # type: ignore[no-any-return]
+
+    def stages(self) -> list[Stage]:
+        """The encoder in order: patches and their positions, each block, the neck; or, of an encoder that is no ViT of
+        SAM's, all of it."""
+        encoder = self.image_encoder
+        if not isinstance(encoder, ImageEncoderViT):
+            return [Stage(encoder, tuple(encoder.parameters()))]
+        patches = Stage(
+            lambda x: encoder.patch_embed(x) + encoder.pos_embed, (encoder.pos_embed, *encoder.patch_embed.parameters())
+        )
+        blocks = [Stage(block, tuple(block.parameters())) for block in encoder.blocks]
+        neck = Stage(lambda x: encoder.neck(x.permute(0, 3, 1, 2)), tuple(encoder.neck.parameters()))
+        return [patches, *blocks, neck]
+
+    def frozen_stages(self) -> int:
+        """How many stages come before the first one with a parameter that requires a gradient."""
+        stages = self.stages()
+        trained = (n for n, stage in enumerate(stages) if any(one.requires_grad for one in stage.parameters))
+        return next(trained, len(stages))
+
+    def begin(self, images: Tensor, stages: int) -> Tensor:
+        """Images [B, 3, S, S], float in [0, 1], through the first `stages` stages, at least one of them.
+
+        Returns:
+            embeddings [B, 256, S/16, S/16] after all stages, before that tokens [B, S/16, S/16, width].
+        """
+        return self.advance(self._pixels(images), 0, stages)
+
+    def finish(self, x: Tensor, stages: int) -> Tensor:
+        """What `begin` gave, to the logits that `forward` gives."""
+        return self.decode(self.advance(x, stages, len(self.stages())))
+
+    def advance(self, x: Tensor, first: int, end: int) -> Tensor:
+        """What enters stage `first`, to what stage `end - 1` gives."""
+        again = self.checkpointing and torch.is_grad_enabled()
+        for stage in self.stages()[first:end]:
+            # No stage draws a random number, so none has to be put back for the second pass.
+            x = checkpoint(stage.run, x, use_reentrant=False, preserve_rng_state=False) if again else stage.run(x)
+        return x
+
+    def _pixels(self, images: Tensor) -> Tensor:
         # With channels last the patches come out as rows of tokens, and no block has to copy them into that order.
-        pixels = (images * self.input_scale + self.input_shift).contiguous(memory_format=torch.channels_last)
-        return self.image_encoder(pixels)  # type: ignore[no-any-return]
+        return (images * self.input_scale + self.input_shift).contiguous(memory_format=torch.channels_last)
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, 256, S/16, S/16] to logits [B, classes + 1, S, S]."""

@@ -295,6 +295,8 @@ def test_what_a_step_keeps_is_counted_as_it_is() -> None:
     larger = training_memory(model, 2, selection, LearningConfig(batch_size=30))
     assert 8 * estimate.activations < larger.activations < 10 * estimate.activations  # the grid's positions stay one
     assert estimate.least < estimate.most < larger.most
+    lean = training_memory(model, 2, selection, LearningConfig(batch_size=30, checkpointing=True))
+    assert lean.activations < larger.activations / 2
 
 
 def test_other_versions_and_clocks(small_settings: list[str]) -> None:

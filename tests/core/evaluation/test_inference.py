@@ -132,6 +132,23 @@ def test_progress_is_told(make_case: MakeCase) -> None:
     assert told == [(4, 6), (6, 6)]
 
 
+def test_one_slice_without_signal_is_encoded_for_all(make_case: MakeCase) -> None:
+    """What comes back is what a segmenter gives that sees every slice: here none depends on the rest of its batch."""
+    labels = np.zeros((14, 12, 20), np.uint8)
+    labels[3:9, 4:8, 9:11] = 1
+    case = prepared(make_case(labels), slice_axis="axial")
+    reader = GrayReader(2)
+    found = predict_volume(reader, case, SliceConfig(context_mm=1.0), 16, batch_size=4)
+
+    seen = torch.cat(reader.seen)
+    signal = seen.flatten(1).any(dim=1)
+    assert (len(seen), int(signal.sum())) == (5, 4)  # two slices of the ball, one at either side that looks at it
+    for index in range(20):
+        alone = predict_volume(reader, replace(case, image=case.image[[index] * 3]), CONFIG, 16, batch_size=1)
+        if not 8 <= index <= 11:
+            np.testing.assert_array_equal(found[:, index], alone[:, 1])
+
+
 def test_autocast_reaches_the_forward_pass(make_case: MakeCase) -> None:
     case = prepared(make_case(blobs((12, 12, 6), (1, 1, 1))))
     reader = GrayReader(2)
