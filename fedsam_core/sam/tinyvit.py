@@ -7,7 +7,8 @@ Equal to theirs in evaluation mode, with three differences in how it is written:
 - Each batch norm is folded into the convolution before it. Its running statistics would be a second, unsendable way
   in which sites drift apart; so nothing here depends on the batch, in training as in evaluation.
 - q, k and v are layers of their own, so that LoRA can adapt each by itself.
-- Pixels keep their channels last throughout: windows, convolutions and norms all read them as they lie.
+- Pixels keep their channels last throughout: windows, convolutions and norms all read them as they lie. Attention runs
+  in PyTorch's fused kernel, and frozen convolutions go over a few rows of an image at a time.
 """
 
 import itertools
@@ -22,6 +23,7 @@ from fedsam_core.sam.decoder import CHANNELS, ChannelNorm
 EMBED = 64  # channels of the convolutions at the image's own resolution
 CONVOLUTIONS = 2
 EXPANSION = 4  # of inverted bottlenecks and MLPs
+ROWS = 32  # of an image that go through a frozen inverted bottleneck at a time
 # Of each stage of attention: channels, blocks, heads, side of a window, stride of the merging before it.
 STAGES = ((128, 2, 4, 7, 2), (160, 6, 5, 14, 2), (320, 2, 10, 7, 1))
 
@@ -35,7 +37,7 @@ class TinyViT(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch_embed = nn.Sequential(Pointwise(3, EMBED // 2), nn.GELU(), Pointwise(EMBED // 2, EMBED))
+        self.patch_embed = nn.Sequential(Convolution(3, EMBED // 2, 1), nn.GELU(), Convolution(EMBED // 2, EMBED, 1))
         self.convolutions = nn.ModuleList(InvertedBottleneck(EMBED) for _ in range(CONVOLUTIONS))
         widths = itertools.pairwise((EMBED, *(dim for dim, *_ in STAGES)))
         self.merges = nn.ModuleList(
@@ -45,9 +47,9 @@ class TinyViT(nn.Module):
             Block(dim, heads, window) for dim, depth, heads, window, _ in STAGES for _ in range(depth)
         )
         self.neck = nn.Sequential(
-            Pointwise(STAGES[-1][0], CHANNELS, bias=False),
+            Convolution(STAGES[-1][0], CHANNELS, 1, bias=False),
             ChannelNorm(CHANNELS),
-            Local(CHANNELS, CHANNELS, bias=False),
+            Convolution(CHANNELS, CHANNELS, 3, bias=False),
             ChannelNorm(CHANNELS),
         )
 
@@ -64,22 +66,11 @@ class TinyViT(nn.Module):
         return self.neck(x).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
-class Pointwise(nn.Conv2d):
-    """A convolution of one pixel, as what it is with channels last: a linear layer."""
+class Convolution(nn.Conv2d):
+    """A convolution whose channels come last, padded to keep the size; a view is all that the way in and out costs."""
 
-    def __init__(self, before: int, after: int, bias: bool = True) -> None:
-        super().__init__(before, after, kernel_size=1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pixels [..., before] to [..., after]."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
-
-
-class Local(nn.Conv2d):
-    """A convolution of 3 x 3 pixels whose channels come last; a view is all that the way in and out costs."""
-
-    def __init__(self, before: int, after: int, stride: int = 1, groups: int = 1, bias: bool = True) -> None:
-        super().__init__(before, after, kernel_size=3, stride=stride, padding=1, groups=groups, bias=bias)
+    def __init__(self, before: int, after: int, size: int, stride: int = 1, groups: int = 1, bias: bool = True) -> None:
+        super().__init__(before, after, size, stride=stride, padding=size // 2, groups=groups, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels [B, H, W, before] to [B, H/stride, W/stride, after]."""
@@ -92,14 +83,29 @@ class InvertedBottleneck(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         wide = EXPANSION * dim
-        self.conv1 = Pointwise(dim, wide)
-        self.conv2 = Local(wide, wide, groups=wide)
-        self.conv3 = Pointwise(wide, dim)
+        self.conv1 = Convolution(dim, wide, 1)
+        self.conv2 = Convolution(wide, wide, 3, groups=wide)
+        self.conv3 = Convolution(wide, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels [B, H, W, dim] to the same shape."""
-        wide = F.gelu(self.conv2(F.gelu(self.conv1(x))))
-        return F.gelu(self.conv3(wide) + x)
+        learns = x.requires_grad or any(value.requires_grad for value in self.parameters())
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or (learns and torch.is_grad_enabled()):
+            return F.gelu(self.conv3(self._widened(x)) + x)
+        # At the image's own resolution the wide pixels are tens of megabytes, whose pages the system would hand out
+        # anew for every layer. A few rows at a time stay where they are; what comes out is the same.
+        out = torch.empty_like(x)
+        for image in range(len(x)):
+            for top in range(0, x.shape[1], ROWS):
+                rows = slice(top, min(top + ROWS, x.shape[1]))
+                before = min(top, 1)  # the row above, which the depthwise convolution sees; and the one below
+                wide = self._widened(x[image : image + 1, top - before : rows.stop + 1])
+                wide = wide[:, before : before + rows.stop - top]
+                out[image, rows] = F.gelu(self.conv3(wide)[0] + x[image, rows])
+        return out
+
+    def _widened(self, x: Tensor) -> Tensor:
+        return F.gelu(self.conv2(F.gelu(self.conv1(x))))
 
 
 class Merging(nn.Module):
@@ -107,9 +113,9 @@ class Merging(nn.Module):
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = Pointwise(before, after)
-        self.conv2 = Local(after, after, stride=stride, groups=after)
-        self.conv3 = Pointwise(after, after)
+        self.conv1 = Convolution(before, after, 1)
+        self.conv2 = Convolution(after, after, 3, stride=stride, groups=after)
+        self.conv3 = Convolution(after, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels [B, H, W, before] to [B, H/stride, W/stride, after]."""
@@ -124,7 +130,7 @@ class Block(nn.Module):
         self.window = window
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, heads, window)
-        self.local_conv = Local(dim, dim, groups=dim)
+        self.local_conv = Convolution(dim, dim, 3, groups=dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLPBlock(dim, EXPANSION * dim)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsam_core.errors import CheckpointError, SelectionError
 from fedsam_core.export import export
-from fedsam_core.sam import litemedsam
+from fedsam_core.sam import litemedsam, tinyvit
 from fedsam_core.sam.adapters import BuiltModel, adapt
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter, manifest_for, random_segmenter
 from fedsam_core.sam.checkpoints import load_official, official_state_dict
@@ -90,6 +90,17 @@ def test_gradients_are_those_of_the_authors_code_at_any_size(authors: Any, size:
     for name, (found, expected) in pairs.items():
         assert off(found, expected) < 1e-4 * float(expected.abs().max()), name
         assert float(expected.abs().max()) > 0, name
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32])
+def test_a_few_rows_at_a_time_give_what_whole_images_give(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinyvit, "ROWS", rows)
+    layer = tinyvit.InvertedBottleneck(8)
+    pixels = torch.rand(2, 33, 20, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = layer(pixels)
+    torch.testing.assert_close(found, layer(pixels), rtol=0, atol=1e-6)  # with gradients it is whole
+    assert layer.requires_grad_(False)(pixels.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("selection", [preset(name, 4) for name in PRESETS], ids=list(PRESETS))
