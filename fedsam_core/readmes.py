@@ -184,7 +184,7 @@ def onnx_readme(card: ModelCard, files: list[str]) -> str:
     what = _paragraph(
         f"`segmenter.onnx` takes `images`, float32 [batch, 3, {_square(card)}] in [0, 1], and gives `logits`, float32 "
         f"[batch, {card.model.classes + 1}, {_square(card)}]; channel 0 is background, the batch is free.{beside} "
-        "SAM's own normalization is in it. When it was written, onnxruntime's logits on the CPU were within 1e-3 of "
+        "Normalization is in it. When it was written, onnxruntime's logits on the CPU were within 1e-3 of "
         "PyTorch's."
     )
     return f"""{_head(card)}

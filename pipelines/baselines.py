@@ -41,7 +41,6 @@ from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.device import autocast_dtype, describe_device
 from fedsam_core.learning.learner import Assignment, Fit, Learner, steps_of
 from fedsam_core.sam.adapters import local_state, shared_state
-from fedsam_core.sam.backbones import weights_file
 from pipelines import console
 from pipelines.baseline_record import Baseline, BaselineRecorder, Kind, Scorer
 from pipelines.config import Config
@@ -346,7 +345,7 @@ def _train_local(task: Task, place: Place) -> Baseline:
 
 def run_stage(name: str, baseline: Any, config: Config) -> None:
     """Runs a baseline as a stage and prints what came of it."""
-    checkpoint = weights_file(config.model)
+    checkpoint = config.model.weights_file
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
     open_tracking(config).check()

@@ -31,7 +31,7 @@ from fedsam_core.federation.site import FederatedSite, SiteSpec
 from fedsam_core.federation.state import GlobalState, weights_hash
 from fedsam_core.hashing import derive_seed
 from fedsam_core.sam.adapters import adapt, shared_state
-from fedsam_core.sam.backbones import build_segmenter, weights_file
+from fedsam_core.sam.backbones import build_segmenter
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.secagg.attempt import SMALLEST_PRIVATE_SUM, default_threshold
 from fedsam_core.secagg.keyfiles import read_roster
@@ -75,7 +75,7 @@ def check(config: Config) -> None:
         FedsamError: names the key and the fix.
     """
     check_settings(config)
-    checkpoint = weights_file(config.model)
+    checkpoint = config.model.weights_file
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
     roster_tag(config)  # a roster that cannot be read

@@ -47,6 +47,17 @@ class ModelConfig(Settings):
         "all of it, otherwise sam). lite_medsam has sam only",
     )
 
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that weights are loaded from; None where they are random.
+
+        Raises:
+            CheckpointError: they are lite_medsam's, and its package is missing or has another file.
+        """
+        if self.checkpoint is None and self.backbone == LITE_MEDSAM:
+            return packaged_checkpoint()
+        return self.checkpoint
+
     @field_validator("image_size")
     @classmethod
     def _multiple_of_patch(cls, value: int) -> int:
@@ -66,20 +77,9 @@ def build_segmenter(model: ModelConfig, classes: int, selection: LayerSelection,
         CheckpointError: the file is not an official checkpoint of this backbone, or the package is missing.
     """
     segmenter = random_segmenter(model, classes, selection, seed)
-    if (file := weights_file(model)) is not None:
+    if (file := model.weights_file) is not None:
         load_official(segmenter, file)
     return segmenter
-
-
-def weights_file(model: ModelConfig) -> Path | None:
-    """Where a segmenter's weights come from; None where they are random.
-
-    Raises:
-        CheckpointError: they are lite_medsam's, and its package is missing or has another file.
-    """
-    if model.checkpoint is None and model.backbone == LITE_MEDSAM:
-        return packaged_checkpoint()
-    return model.checkpoint
 
 
 def random_segmenter(model: ModelConfig, classes: int, selection: LayerSelection, seed: int) -> SamSegmenter:
