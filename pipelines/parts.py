@@ -14,7 +14,7 @@ _ATTENTION = r"(?:attn|self_attn|cross_attn_\w+|final_attn_token_to_image)"
 # The first pattern that a parameter's name begins with says where it is; {} takes the number of a block or layer.
 _PLACES = {
     r"image_encoder\.blocks\.(\d+)\.": "encoder.{}",
-    r"image_encoder\.(?:patch|pos)_embed": "encoder.stem",
+    r"image_encoder\.(?:patch_embed|pos_embed|convolutions|merges)\b": "encoder.stem",
     r"image_encoder\.neck\.": "encoder.neck",
     r"mask_decoder\.transformer\.layers\.(\d+)\.": "decoder.{}",
     r"mask_decoder\.transformer\.": "decoder.final",
@@ -24,11 +24,12 @@ _PLACES = {
 
 # The first pattern found in the name of a parameter that is trained whole says what it is; order matters.
 _COMPONENTS = {
-    r"rel_pos_[hw]$": "rel_pos",
+    r"rel_pos(?:_[hw])?$": "rel_pos",
     rf"\.{_ATTENTION}\.": "attention",
     r"\.transformer\.(?:layers\.\d+\.norm\d|norm_final_attn)\.|\.blocks\.\d+\.norm\d\.": "norms",
     r"\.(?:blocks|layers)\.\d+\.mlp\.": "mlp",
     r"patch_embed": "patch_embed",
+    r"\.(?:convolutions|merges|local_conv)\.": "convolutions",
     r"pos_embed": "pos_embed",
     r"^image_encoder\.neck\.": "neck",
     r"output_upscaling": "upscaling",

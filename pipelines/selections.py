@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Which parameters each preset trains, and what a site sends in a round.",
         epilog="Write any other selection in YAML: `selection: {name: ..., lora: {...}, train: [...], local: [...]}`.",
     )
-    parser.add_argument("--backbone", default="vit_b", help="vit_t, vit_b, vit_l or vit_h (default vit_b)")
+    parser.add_argument("--backbone", default="vit_b", help="vit_t, vit_b, vit_l, vit_h or lite_medsam (default vit_b)")
     parser.add_argument("--image-size", type=int, default=224, help="side of the input in pixels (default 224)")
     parser.add_argument("--classes", type=int, default=2, help="foreground classes (default 2)")
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank (default 32)")

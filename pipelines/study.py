@@ -30,7 +30,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cluster.trials import EarlyStop
 from fedsam_core.errors import ConfigError
 from fedsam_core.hashing import stable_hash
-from fedsam_core.sam.geometry import BACKBONES
+from fedsam_core.sam.geometry import encoder_blocks
 from fedsam_core.selection import GROUPS, PRESETS, LayerSelection, LoraTargets, Projection, preset
 from fedsam_core.settings import Settings
 from pipelines.config import Config, config_tree, explain, flatten, inline, load_config, read_override, read_tree
@@ -271,7 +271,7 @@ def _written(one: str | LayerSelection | Blocks | Components, config: Config) ->
         for name in PRESETS if one == "presets" else (one,):
             yield preset(name, config.rank)
     elif isinstance(one, Blocks):
-        depth = BACKBONES[config.model.backbone].depth
+        depth = encoder_blocks(config.model.backbone)
         for first in range(0, depth, one.blocks):
             window = tuple(range(first, min(first + one.blocks, depth)))
             name = f"blocks-{window[0]}" if len(window) == 1 else f"blocks-{window[0]}-{window[-1]}"

@@ -6,7 +6,7 @@ Parameters go by canonical names, as in the `ParameterManifest`: PEFT's `.base_l
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from fedsam_core.folders import whole_folder
 from fedsam_core.hashing import derive_seed
 from fedsam_core.sam.backbones import seeded
 from fedsam_core.sam.decoder import SAM_TOKENS, HeadLayout
-from fedsam_core.sam.geometry import PATCH
+from fedsam_core.sam.geometry import PATCH, BackboneName
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import (
     LORA_SCALE,
@@ -48,7 +48,7 @@ _PLAIN_WEIGHTS = "trained.safetensors"
 class BuiltModel(Settings):
     """What a segmenter was built as: an adapter's values only make sense on it."""
 
-    backbone: Literal["vit_t", "vit_b", "vit_l", "vit_h"] = Field(description="image encoder")
+    backbone: BackboneName = Field(description="image encoder")
     image_size: int = Field(gt=0, multiple_of=PATCH, description="side of the square input in pixels")
     classes: int = Field(ge=1, description="foreground classes")
     head: HeadLayout = Field(description="mask head: flap, sam or pretrained")

