@@ -11,6 +11,7 @@ lost in between does not know whether it is, and is told in the next round (`set
 
     FOLDER/held-000005.safetensors     the same, of the round that is not settled
     FOLDER/settled.json                by round for which it was settled, the last round that counted then
+    FOLDER/given.json                  by round, SHA-256 of the update that was given with noise
     FOLDER/round-000004.safetensors    mode 0600 in a folder of mode 0700; arrays by name, any dtype that numpy and
                                        safetensors share; in the header `layout_hash`, and `sha256` over it and names,
                                        dtypes, shapes and values
@@ -23,6 +24,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +37,7 @@ _log = logging.getLogger(__name__)
 KEPT = 3  # rounds: the one under way, the one that it goes on from, and the one before, should that be damaged
 
 _FILE = re.compile(r"round-(\d{6,})\.safetensors")
-_SETTLED = "settled.json"
+_SETTLED, _GIVEN = "settled.json", "given.json"
 _HELD = re.compile(r"held-(\d{6,})\.safetensors")
 
 
@@ -57,7 +59,7 @@ class SiteMemory:
         self._layout_hash = layout_hash
         self._in_ram: dict[int, dict[str, Array]] = {}
         self._held_in_ram: dict[int, dict[str, Array]] = {}  # of one round, at most
-        self._settled_in_ram: dict[int, int] = {}
+        self._noted_in_ram: dict[str, dict[int, Any]] = {_SETTLED: {}, _GIVEN: {}}
         if folder is not None:
             try:
                 close_folder(folder)
@@ -125,13 +127,8 @@ class SiteMemory:
         restart would get a second update of the round, from another memory, and see by how much the two differ. Raises
         as `save`.
         """
-        settled = self._settled()
-        if round in settled:
-            counted = settled[round]
-        else:
-            settled[round] = counted
-            if self._folder is not None:
-                write_atomic(self._folder / _SETTLED, json.dumps(sorted(settled.items())).encode())
+        counted = int(self._noted(_SETTLED).get(round, counted))
+        self._note(_SETTLED, round, counted)
         self.keep(counted)
         for number in self._held:
             if number < round:
@@ -140,13 +137,28 @@ class SiteMemory:
             if counted < number < round:
                 self._remove(number)
 
-    def _settled(self) -> dict[int, int]:
-        """By round, what was told first: all of them, as a driver that resumes a run may go back behind the last."""
+    def given(self, round: int) -> str | None:
+        """Hash of the update that was given in a round, with noise; None for none. Raises CheckpointError."""
+        return self._noted(_GIVEN).get(round)
+
+    def give(self, round: int, update: str) -> None:
+        """Notes that hash, for good: a driver that resumes may go back behind any round. Raises as `save`."""
+        self._note(_GIVEN, round, update)
+
+    def _note(self, file: str, round: int, value: Any) -> None:
+        noted = self._noted(file)
+        if round in noted:
+            return
+        noted[round] = value
+        if self._folder is not None:
+            write_atomic(self._folder / file, json.dumps(sorted(noted.items())).encode())
+
+    def _noted(self, file: str) -> dict[int, Any]:
         if self._folder is None:
-            return self._settled_in_ram
-        path = self._folder / _SETTLED
+            return self._noted_in_ram[file]
+        path = self._folder / file
         try:
-            return {int(round): int(counted) for round, counted in json.loads(path.read_bytes())}
+            return {int(round): value for round, value in json.loads(path.read_bytes())}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError) as error:

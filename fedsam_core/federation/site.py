@@ -419,19 +419,27 @@ class FederatedSite(SummingSite):
     def _noise(self, number: int, update: Array) -> np.random.Generator:
         """What an update's noise is drawn from: a secret, made once a round and noted, and the update's own bits.
 
-        The same update with two noises would be spent twice. Two updates with the same noise would be worse: their
-        difference would have none. So another update of the round (a driver may ask for one from another state) gets
-        another noise.
+        A site gives one update a round, with one noise, so that as many sums of it can be opened as the run has rounds,
+        which is what epsilon is told for. The same update with two noises would be spent twice, and so would two
+        updates, which a driver may ask for from two states.
+
+        Raises:
+            OtherModel: another update of the round was given before, or this one with a noise that is forgotten.
         """
-        memory, rng = self._site.memory, secret_rng()
-        newest = memory.latest()
-        if newest and newest[0] == number and _NOISE in newest[1]:
-            key = newest[1][_NOISE]
-        else:
-            key = rng.integers(0, 2**64, 2, dtype=np.uint64)
+        memory, digest = self._site.memory, sha256(np.ascontiguousarray(update).tobytes())
+        newest, given = memory.latest(), memory.given(number)
+        key = newest[1].get(_NOISE) if newest is not None and newest[0] == number else None
+        if given is not None and (key is None or given != digest.hexdigest()):
+            raise OtherModel(
+                f"site {self.spec.site} refuses round {number}: it has given an update of it with its noise, and a "
+                "second would spend more privacy than is told"
+            )
+        if key is None:
+            key = secret_rng().integers(0, 2**64, 2, dtype=np.uint64)
             before = memory.before(number)
             memory.save(number, {**(before[1] if before else {}), _NOISE: key})
-        seed = sha256(b"fedsam noise" + key.tobytes() + np.ascontiguousarray(update).tobytes()).digest()
+        memory.give(number, digest.hexdigest())
+        seed = sha256(b"fedsam noise" + key.tobytes() + digest.digest()).digest()
         return np.random.Generator(np.random.Philox(key=np.frombuffer(seed[:16], np.uint64)))
 
     def _fine_tune(self, state: GlobalState) -> None:
