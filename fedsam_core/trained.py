@@ -22,6 +22,7 @@ from fedsam_core.sam.backbones import ModelConfig, build_segmenter
 from fedsam_core.sam.checkpoints import load_official
 from fedsam_core.sam.geometry import BACKBONES
 from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.sam.shipped import SHIPPED
 from fedsam_core.selection import LayerSelection
 from fedsam_core.settings import Settings
 
@@ -203,7 +204,9 @@ def build_base(card: ModelCard, checkpoint: Path | None = None) -> SamSegmenter:
         CheckpointError: the checkpoint is missing, superfluous, or another one than the model was trained from.
     """
     kind, _, digest = card.model.weights.partition(":")
-    if kind != "sam":
+    if kind == "fedsam" and checkpoint is None:
+        checkpoint = SHIPPED.get(card.model.backbone)
+    if kind not in ("sam", "fedsam"):
         if checkpoint is not None:
             raise CheckpointError(
                 f"{checkpoint} is not needed, as the model was trained from random weights: leave it out"
@@ -221,7 +224,7 @@ def _build(card: ModelCard, checkpoint: Path | None = None) -> SamSegmenter:
     model = ModelConfig(
         backbone=card.model.backbone,
         image_size=card.model.image_size,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint or "random",
         head="flap" if card.model.head == "flap" else "sam",
     )
     segmenter = build_segmenter(model, card.model.classes, card.selection, seed=card.model.seed)
@@ -235,7 +238,12 @@ def _build(card: ModelCard, checkpoint: Path | None = None) -> SamSegmenter:
 
 def _needed(card: ModelCard) -> str:
     """Which SAM checkpoint the model needs. Official files carry the first digits of their hash in their name."""
-    digest = card.model.weights.removeprefix("sam:")
+    kind, _, digest = card.model.weights.partition(":")
+    if kind == "fedsam":
+        return (
+            f"the model was trained from pre-trained {card.model.backbone} weights of another fedsam, in a file whose "
+            f"SHA-256 begins with {digest}"
+        )
     name = BACKBONES[card.model.backbone].checkpoint or ""
     official = f", which is {name}" if name.endswith(f"_{digest[:6]}.pth") else ""
     return f"the model was trained from a {card.model.backbone} checkpoint whose SHA-256 begins with {digest}{official}"
@@ -247,7 +255,7 @@ def _load_adapted(card: ModelCard, folder: Path, checkpoint: Path | None) -> Sam
     if manifest.layout_hash != card.layout_hash or manifest.selection != card.selection:
         raise CheckpointError(f"{folder}: {CARD} and manifest.json are of two models; export the model again")
     # Tables of a SAM file are resized on this machine, maybe with other last bits; its own hash was checked instead.
-    if checkpoint is None and weights_hash(segmenter, manifest) != card.frozen_hash:
+    if card.model.weights.startswith("random") and weights_hash(segmenter, manifest) != card.frozen_hash:
         raise CheckpointError(
             f"{folder}: the random weights that it was trained on are drawn differently here "
             f"(PyTorch {torch.__version__}, there {card.torch}): where it was trained, `fedsam export` it with "

@@ -345,7 +345,7 @@ def _train_local(task: Task, place: Place) -> Baseline:
 
 def run_stage(name: str, baseline: Any, config: Config) -> None:
     """Runs a baseline as a stage and prints what came of it."""
-    checkpoint = config.model.checkpoint
+    checkpoint = config.model.weights_file
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
     open_tracking(config).check()

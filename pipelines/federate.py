@@ -75,7 +75,7 @@ def check(config: Config) -> None:
         FedsamError: names the key and the fix.
     """
     check_settings(config)
-    checkpoint = config.model.checkpoint
+    checkpoint = config.model.weights_file
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"model.checkpoint: no file {checkpoint}")
     roster_tag(config)  # a roster that cannot be read

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -18,6 +18,7 @@ from fedsam_core.sam.checkpoints import load_official
 from fedsam_core.sam.decoder import CHANNELS, SAM_TOKENS, ClassDecoder, HeadLayout
 from fedsam_core.sam.geometry import BACKBONES, PATCH, Backbone
 from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.sam.shipped import SHIPPED
 from fedsam_core.selection import LayerSelection, ParameterManifest, resolve
 from fedsam_core.settings import Settings
 
@@ -32,12 +33,28 @@ class ModelConfig(Settings):
         default=224,
         description="side of the square input in pixels, a multiple of 16; 224, 448, 672 and 896 need no padding",
     )
-    checkpoint: Path | None = Field(default=None, description="official SAM .pth file; left out, weights are random")
+    checkpoint: Literal["auto", "random"] | Path = Field(
+        default="auto",
+        description="official SAM .pth file, or one that `fedsam pretrain` made; auto: the weights that come with "
+        "fedsam for vit_t, random ones for the others; random: random ones",
+    )
     head: Literal["auto", "flap", "sam"] = Field(
         default="auto",
         description="mask head: flap (four stages), sam (SAM's two stages) or auto (flap where the selection trains "
         "all of it, otherwise sam)",
     )
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that weights are loaded from; None where they are random."""
+        if isinstance(self.checkpoint, Path):
+            return self.checkpoint
+        return SHIPPED.get(self.backbone) if self.checkpoint == "auto" else None
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _once_null(cls, value: Any) -> Any:
+        return "random" if value is None else value  # as runs before "auto" wrote it
 
     @field_validator("image_size")
     @classmethod
@@ -51,19 +68,19 @@ class ModelConfig(Settings):
 def build_segmenter(model: ModelConfig, classes: int, selection: LayerSelection, seed: int) -> SamSegmenter:
     """A segmenter with every parameter frozen as built: `adapt` decides what is trained.
 
-    Without a checkpoint all weights are random: torch's defaults, and the encoder's position table from a normal of
-    deviation 0.02 (ViT's) instead of official SAM's zeros, so that frozen random features know where they are. Equal
-    seeds give equal encoders and decoder transformers whatever the head. The global random state is left alone.
+    Random weights are torch's defaults, and the encoder's position table from a normal of deviation 0.02 (ViT's), not
+    official SAM's zeros, so that frozen random features know where they are. Equal seeds give equal encoders and
+    decoder transformers whatever the head. The global random state is left alone.
 
     Raises:
         SelectionError: the head does not suit the selection (see `head_layout`).
-        CheckpointError: the file is not an official checkpoint of this backbone.
+        CheckpointError: the file is not a checkpoint of this backbone.
     """
     head = head_layout(model.head, classes, selection)
     with seeded(derive_seed(seed, "segmenter")):
         segmenter = _assemble(model, classes, head, seed)
-    if model.checkpoint is not None:
-        load_official(segmenter, model.checkpoint)
+    if (file := model.weights_file) is not None:
+        load_official(segmenter, file)
     return segmenter.requires_grad_(False)
 
 
