@@ -115,7 +115,9 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     from fedsam_core.sam.backbones import ModelConfig, build_segmenter
     from fedsam_core.selection import preset
 
-    segmenter = build_segmenter(ModelConfig(backbone="vit_t", image_size=112), len(CLASSES), preset("flap"), seed=0)
+    segmenter = build_segmenter(
+        ModelConfig(backbone="vit_t", image_size=112, checkpoint="random"), len(CLASSES), preset("flap"), seed=0
+    )
     times = [perf_counter()]
     case = prepare_image(options.folder / "scan.nii.gz", config(options), "ct")
     times.append(perf_counter())

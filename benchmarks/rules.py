@@ -87,7 +87,7 @@ class Budget:
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(backbone="vit_t", image_size=self.image_size)
+        return ModelConfig(backbone="vit_t", image_size=self.image_size, checkpoint="random")
 
     @property
     def selection(self) -> LayerSelection:
@@ -247,8 +247,10 @@ def federation_config(row: Row, budget: Budget) -> FederationConfig:
     return FederationConfig.model_validate({"rounds": budget.rounds, "validate_every": 0, **row.federation})
 
 
-def federated(prepared: PreparedCohort, row: Row, seed: int, budget: Budget) -> dict[str, Any]:
-    """All rounds of a federation in this process, and the Dice that its sites find at the end."""
+def begun(
+    prepared: PreparedCohort, row: Row, seed: int, budget: Budget
+) -> tuple[Federation, dict[str, FederatedSite], SiteSpec]:
+    """A federation in this process that has not trained yet, its sites, and the settings of one of them."""
     cohort, sites = prepared.cohort, {}
     for site in cohort.sites:
         spec = SiteSpec(
@@ -272,11 +274,22 @@ def federated(prepared: PreparedCohort, row: Row, seed: int, budget: Budget) -> 
     engine = InProcessEngine(sites)
     federation = Federation(engine, spec, manifest, classes, weights_hash(segmenter, manifest))
     federation.open(shared_state(segmenter, manifest))
+    return federation, sites, spec
+
+
+def tested(federation: Federation, sites: Mapping[str, FederatedSite], round_number: int) -> list[Score]:
+    """The Dice of the present global state, as the sites find it."""
+    federation.score("test", round_number)
+    # A site tells nobody the score of a single case; here all of them are in this process.
+    return [as_score(score) for site in sites.values() for score, _ in site._scored]
+
+
+def federated(prepared: PreparedCohort, row: Row, seed: int, budget: Budget) -> dict[str, Any]:
+    """All rounds of a federation in this process, and the Dice that its sites find at the end."""
+    federation, sites, spec = begun(prepared, row, seed, budget)
     rounds: list[dict[str, Any]] = []
     run_rounds(federation, lambda report, _: rounds.append(as_round(report)))
-    federation.score("test", budget.rounds)
-    # A site tells nobody the score of a single case; here all of them are in this process.
-    scores = [as_score(score) for site in sites.values() for score, _ in site._scored]
+    scores = tested(federation, sites, budget.rounds)
     purposes: dict[str, int] = {}
     for entry in federation.ledger:
         key = f"{entry.direction} {entry.purpose}"

@@ -33,6 +33,11 @@ def adapter_readme(card: ModelCard, peft: bool) -> str:
             f"The rest of the model is a SAM `{card.model.backbone}` checkpoint whose SHA-256 begins with "
             f"`{card.model.weights.removeprefix('sam:')}`; you need that file too."
         )
+    elif card.model.weights.startswith("fedsam:"):
+        rest = (
+            f"The rest of the model is the pre-trained `{card.model.backbone}` that comes with fedsam (the SHA-256 of "
+            f"its file begins with `{card.model.weights.removeprefix('fedsam:')}`)."
+        )
     else:
         rest = (
             "The rest of the model is random weights, which are drawn again from their seed and checked by their hash."

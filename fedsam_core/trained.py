@@ -23,6 +23,7 @@ from fedsam_core.sam.checkpoints import load_official
 from fedsam_core.sam.geometry import checkpoint_name
 from fedsam_core.sam.litemedsam import SHA256, packaged_checkpoint
 from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.sam.shipped import SHIPPED
 from fedsam_core.selection import LayerSelection
 from fedsam_core.settings import Settings
 
@@ -206,7 +207,9 @@ def build_base(card: ModelCard, checkpoint: Path | None = None) -> SamSegmenter:
     kind, _, digest = card.model.weights.partition(":")
     if checkpoint is None and needs_only_the_package(card):
         return _build(card, packaged_checkpoint())
-    if kind != "sam":
+    if kind == "fedsam" and checkpoint is None:
+        checkpoint = SHIPPED.get(card.model.backbone)
+    if kind not in ("sam", "fedsam"):
         if checkpoint is not None:
             raise CheckpointError(
                 f"{checkpoint} is not needed, as the model was trained from random weights: leave it out"
@@ -244,7 +247,12 @@ def needs_only_the_package(card: ModelCard) -> bool:
 
 def _needed(card: ModelCard) -> str:
     """Which SAM checkpoint the model needs. Official files carry the first digits of their hash in their name."""
-    digest = card.model.weights.removeprefix("sam:")
+    kind, _, digest = card.model.weights.partition(":")
+    if kind == "fedsam":
+        return (
+            f"the model was trained from pre-trained {card.model.backbone} weights of another fedsam, in a file whose "
+            f"SHA-256 begins with {digest}"
+        )
     name = checkpoint_name(card.model.backbone) or ""
     official = f", which is {name}" if name.endswith(f"_{digest[:6]}.pth") else ""
     return f"the model was trained from a {card.model.backbone} checkpoint whose SHA-256 begins with {digest}{official}"

@@ -22,6 +22,7 @@ COMMANDS = {
     "baselines": "each site alone (local), or the backbone as it is (zero-shot), to compare with",
     "evaluate": "segment and score a cohort with a trained adapter",
     "report": "what a study found: a page with table, figures, atlas and where it all comes from",
+    "pretrain": "make the small SAM that the others start from, on scenes drawn by a program",
     "predict": "a mask for a scan, or for every scan of a folder: NIfTI or DICOM",
     "export": "write a trained model as PEFT adapter, plain SAM checkpoint and ONNX",
     "verify": "replay the record of a run: signatures, survivors, sums, global states",

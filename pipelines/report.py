@@ -17,6 +17,7 @@ import yaml
 import fedsam_core
 from cluster.store import open_store
 from fedsam_core.errors import ConfigError
+from fedsam_core.sam.backbones import ModelConfig
 from fedsam_core.store import LocalStore, Store
 from pipelines import console, figures
 from pipelines.analysis import (
@@ -423,11 +424,11 @@ def _provenance(store: Store, about: StudyAbout, trials: Sequence[TrialResult]) 
 
 
 def _random_weights(store: Store, row: Row) -> bool:
-    """Whether a run of the row says that it had no checkpoint; False where its folder is not in the store."""
+    """Whether a run of the row began with random weights; False where its folder is not in the store."""
     for trial in row.trials:
         if trial.run and (text := read_run_file(store, trial.run, "config.yaml")):
-            config = yaml.safe_load(text)
-            return isinstance(config, dict) and config.get("model", {}).get("checkpoint") is None
+            model = ModelConfig.model_validate(yaml.safe_load(text)["model"])
+            return model.weights_file is None
     return False
 
 

@@ -73,7 +73,7 @@ class Begun(Settings):
     time: str
     config: dict[str, Any] = Field(description="all settings, as JSON values")
     shares: dict[str, str] = Field(description="hash of each site's prepared scans")
-    backbone: str = Field(description="SHA-256 (hex) of model.checkpoint, or nothing")
+    backbone: str = Field(description="SHA-256 (hex) of the file that the weights are from, or nothing")
     code: dict[str, str] = Field(description="SHA-256 (hex) of each source file, by its path")
     tracking: str = Field(description="what its MLflow run is known by")
 
@@ -191,7 +191,7 @@ def begin(config: Config, run: str, about: PreparedSites, code: Mapping[str, str
         FinishedRun: it has come to its end.
         ConfigError: configuration, code, cohort or backbone are others than it was begun with; names what.
     """
-    store, checkpoint = results_store(config), config.model.checkpoint
+    store, checkpoint = results_store(config), config.model.weights_file
     now = Begun(
         run=run,
         version=fedsam_core.__version__,

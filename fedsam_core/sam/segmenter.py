@@ -35,7 +35,8 @@ class SamSegmenter(nn.Module):
     Attributes:
         backbone, image_size (pixels), classes (foreground classes), head: what was built.
         seed: what new weights are drawn from, LoRA's A included.
-        weights: "random(seed=..)" or "sam:" and the first 12 hex digits of the checkpoint's SHA-256.
+        weights: "random(seed=..)", or "sam:" (an official file) or "fedsam:" (one of `fedsam pretrain`, such as the one
+            that comes with the package) and the first 12 hex digits of the file's SHA-256.
         manifest: what is trained, once `adapt` was called.
         checkpointing: while gradients are wanted, an encoder stage keeps its input alone and is computed again in the
             backward pass.

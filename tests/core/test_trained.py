@@ -21,6 +21,7 @@ from fedsam_core.trained import load_trained
 
 FLAP = preset("flap", 4)
 IMAGES = image_batch()
+RANDOM = ModelConfig(backbone="vit_t", image_size=64, checkpoint="random")
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def run(tmp_path: Path) -> Path:
 def checkpoint(tmp_path: Path) -> Path:
     """An official SAM file of vit_t's size."""
     file = tmp_path / "sam_vit_t.pth"
-    save_official(build_segmenter(ModelConfig(backbone="vit_t", image_size=64), 4, preset("lora", 4), seed=9), file)
+    save_official(build_segmenter(RANDOM, 4, preset("lora", 4), seed=9), file)
     return file
 
 
@@ -84,7 +85,7 @@ def test_a_model_on_a_sam_checkpoint_needs_that_file(tmp_path: Path, checkpoint:
     refused(folder, rf"a vit_t checkpoint whose SHA-256 begins with {digest[:12]}: give that file with --checkpoint")
     refused(folder, f"there is no file {tmp_path / 'no.pth'}", tmp_path / "no.pth")
     other = tmp_path / "other.pth"
-    save_official(build_segmenter(ModelConfig(backbone="vit_t", image_size=64), 4, preset("lora"), seed=8), other)
+    save_official(build_segmenter(RANDOM, 4, preset("lora"), seed=8), other)
     refused(folder, rf"other.pth is another file \(its SHA-256 begins with {file_sha256(other)[:12]}\)", other)
 
 

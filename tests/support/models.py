@@ -1,7 +1,7 @@
 """Adapters as a run leaves them, with every trained value moved, on vit_t at 32 px."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,7 +23,7 @@ def trained_adapter(
     *,
     classes: tuple[str, ...] = CLASSES,
     size: int = 32,
-    checkpoint: Path | None = None,
+    checkpoint: Path | Literal["random"] = "random",
     model: ModelConfig | None = None,
     **card: Any,
 ) -> Path:

@@ -30,7 +30,7 @@ from fedsam_core.sam.backbones import ModelConfig, build_segmenter, manifest_for
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import PRESETS, LayerSelection, ParameterManifest, preset
 
-MODEL = ModelConfig(backbone="vit_t", image_size=112)
+MODEL = ModelConfig(backbone="vit_t", image_size=112, checkpoint="random")
 RANKS = LayerSelection.model_validate(
     {
         "name": "ranks",

@@ -20,7 +20,9 @@ from fedsam_core.selection import LayerSelection, preset
 
 
 def build(name: str = "flap", classes: int = 2, image_size: int = 112, seed: int = 1, **model: object) -> SamSegmenter:
-    config = ModelConfig.model_validate({"backbone": "vit_t", "image_size": image_size, **model})
+    config = ModelConfig.model_validate(
+        {"backbone": "vit_t", "image_size": image_size, "checkpoint": "random", **model}
+    )
     return build_segmenter(config, classes, preset(name), seed).eval()
 
 
