@@ -141,9 +141,8 @@ def promptable_loss(
     targets = scenes.masks.flatten(0, 1)
     loss = _unprompted_loss(sam, embeddings, scenes)
 
-    half = F.avg_pool2d(scenes.masks.float(), 2).flatten(
-        0, 1
-    )  # losses are counted at half size, where they cost little
+    # Losses are counted at half size, where they cost little.
+    half = F.avg_pool2d(scenes.masks.float(), 2).flatten(0, 1)
     sharp = half > 0.5
     repeated = embeddings.repeat_interleave(TARGETS, dim=0)
     boxed = torch.rand(len(targets), generator=generator, device=targets.device) < 0.5

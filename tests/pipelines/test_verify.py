@@ -492,7 +492,7 @@ def test_a_beginning_that_does_not_fit_the_settings_is_found(folder: Path, run: 
 
 def test_a_weights_file_that_is_not_here_is_named(folder: Path, run: Verify) -> None:
     path = folder / "config.yaml"
-    path.write_text(path.read_text().replace("checkpoint: null", "checkpoint: /nowhere/sam.pth"))
+    path.write_text(path.read_text().replace("checkpoint: auto", "checkpoint: /nowhere/sam.pth"))
     ended = run(folder, "--json")
     assert ended.status == 0
     assert ended.findings["backbone"]["status"] == "not checked"
@@ -644,7 +644,7 @@ def test_another_selection_in_the_manifest_is_found(folder: Path, run: Verify) -
 def test_an_altered_learning_rate_is_not_hidden_by_a_missing_checkpoint(folder: Path, run: Verify) -> None:
     path = folder / "config.yaml"
     text = path.read_text().replace("learning_rate: 0.002", "learning_rate: 0.5")
-    path.write_text(text.replace("checkpoint: null", "checkpoint: /nowhere/sam.pth"))
+    path.write_text(text.replace("checkpoint: auto", "checkpoint: /nowhere/sam.pth"))
     wrong(run(folder, "--json"), "configuration")
 
 
