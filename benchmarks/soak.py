@@ -134,7 +134,9 @@ def on_ray(sites: int, rounds: int, share: float, minutes: float, folder: Path) 
     (folder / "marks").mkdir()
     tests = str(Path(__file__).parents[1] / "tests")
     os.environ["PYTHONPATH"] = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])  # of the actors
-    ray.init(num_cpus=sites, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    ray.init(
+        address="local", num_cpus=sites, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20
+    )
     try:
         placed = plan([spec.site for spec in specs], cluster_nodes(), SiteNeeds(cpus=1, pin="never"))
         engine = create_sites(specs, placed, partial(FaultySite, faults=faults, folder=folder / "marks", real=True))
