@@ -19,6 +19,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("\n".join(lines))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def folder_of_all_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `tmp_path` lies, settled before a test may set another folder for temporary files."""
+    return tmp_path_factory.getbasetemp()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the real scans; the test is skipped, saying so, where FEDSAM_REAL_DATA does not name it."""
