@@ -4,9 +4,9 @@
     python benchmarks/peers.py --rounds 6 --json FILE key=value ...
 
 Both train with `fedsam_core`'s learner from the same first state, site by site with the same draws, so plain FedAvg
-must give the same global state but for the order of a float sum, and what AdamW makes of that where a gradient is almost
-zero: the largest difference is printed. Flower's masked
-sums are its SecAgg+, with its own defaults. Each side is a process with a Ray of its own and room for every site.
+must give the same global state but for the order of a float sum, and what AdamW makes of that where a gradient is
+almost zero: the largest difference is printed. Flower's masked sums are its SecAgg+, with its own defaults. Each side
+is a process with a Ray of its own and room for every site.
 
 wall: median seconds of a round after the first; ours has in it what Flower does not do: record, checkpoint, tables and
 MLflow. training: of the slowest site, the same work on both sides (timed on ours). memory: peak of the proportional set
