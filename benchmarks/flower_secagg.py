@@ -27,6 +27,7 @@ import json
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -157,18 +158,34 @@ def flower_side(python: Path, runs: list[dict[str, object]]) -> list[dict[str, o
     return json.loads(done.stdout)
 
 
-def flower_python(directory: Path) -> Path:
-    """The interpreter of Flower's environment, which is made if it is not there. Exits with 2 where it cannot be."""
+def flower_python(
+    directory: Path,
+    alone: Sequence[str] = (f"flwr=={FLOWER}",),
+    needed: Sequence[str] = NEEDED,
+    ready: str = READY,
+    borrowed: Path | None = None,
+) -> Path:
+    """The interpreter of Flower's environment, which is made if it is not there. Exits with 2 where it cannot be.
+
+    Args:
+        alone: packages to install without their dependencies.
+        needed: packages to install with them.
+        ready: a program that runs through where the environment is whole.
+        borrowed: a folder of packages that is searched after the environment's own.
+    """
     python = directory / "bin" / "python"
-    if python.exists() and subprocess.run([python, "-c", READY], capture_output=True).returncode == 0:
+    if python.exists() and subprocess.run([python, "-c", ready], capture_output=True).returncode == 0:
         return python
-    print(f"making an environment with flwr {FLOWER} in {directory}", file=sys.stderr)
+    print(f"making an environment with {' and '.join(alone)} in {directory}", file=sys.stderr)
     try:
         venv.create(directory, with_pip=True, symlinks=True)
-        for what in (["--no-deps", f"flwr=={FLOWER}"], list(NEEDED)):
+        for what in (["--no-deps", *alone], list(needed)):
             pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what]
             subprocess.run(pip, check=True, capture_output=True, text=True)
-        subprocess.run([python, "-c", READY], check=True, capture_output=True, text=True)
+        if borrowed is not None:
+            (own,) = (directory / "lib").glob("python3*/site-packages")
+            (own / "zz-fedsam.pth").write_text(f"{borrowed}\n")
+        subprocess.run([python, "-c", ready], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         print(f"no environment for Flower in {directory}: {said[-1]}", file=sys.stderr)

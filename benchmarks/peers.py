@@ -16,12 +16,10 @@ size of all processes of a side. bytes: of a round's messages as they are serial
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-import venv
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -32,7 +30,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import numpy as np
 import psutil
-from flower_secagg import FLOWER, NEEDED
+from flower_secagg import FLOWER, NEEDED, flower_python
 
 from cluster.session import ray_session
 from pipelines.config import load_config
@@ -57,7 +55,13 @@ def main() -> None:
     if options.ours:
         our_rounds(options.ours, settings)
         return
-    python = flower_python(options.environment)
+    python = flower_python(
+        options.environment,
+        alone=(f"flwr=={FLOWER}", f"ray=={RAY}"),
+        needed=(*NEEDED, *MORE),
+        ready=READY,
+        borrowed=Path(np.__file__).parents[1],  # torch, MONAI, PEFT and SAM of this one
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings.insert(0, f"work_dir={folder / 'work'}")
@@ -156,29 +160,6 @@ def memory_of(pid: int) -> float:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return total / 2**20
-
-
-def flower_python(directory: Path) -> Path:
-    """The interpreter of an environment with Flower, its Ray, and from this one all else. Exits with 2 without it."""
-    python = directory / "bin" / "python"
-    if python.exists() and subprocess.run([python, "-c", READY], capture_output=True).returncode == 0:
-        return python
-    print(f"making an environment with flwr {FLOWER} and ray {RAY} in {directory}", file=sys.stderr)
-    try:
-        shutil.rmtree(directory, ignore_errors=True)
-        venv.create(directory, with_pip=True, symlinks=True)
-        for what in (["--no-deps", f"flwr=={FLOWER}", f"ray=={RAY}"], [*NEEDED, *MORE]):
-            pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what]
-            subprocess.run(pip, check=True, capture_output=True, text=True)
-        (own,) = (directory / "lib").glob("python3*/site-packages")
-        ours = Path(np.__file__).parents[1]  # searched after Flower's own: torch, MONAI, PEFT and SAM
-        (own / "zz-fedsam.pth").write_text(f"{ours}\n")
-        subprocess.run([python, "-c", READY], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        print(f"no environment for Flower in {directory}: {said[-1]}", file=sys.stderr)
-        raise SystemExit(2) from None
-    return python
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], training: float, difference: float) -> str:

@@ -37,6 +37,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import numpy as np
+import torch
 
 from cluster.placement import SiteNeeds, cluster_nodes, plan
 from cluster.session import ray_session
@@ -76,6 +77,8 @@ class TimedSite(FederatedSite):
 class StandInLearner:
     """Stands where a `Learner` does: waits, and gives a random update."""
 
+    device, autocast = torch.device("cpu"), None
+
     def __init__(self, site: str, size: int, classes: int, seconds: float) -> None:
         self.site, self.size, self.classes, self.seconds = site, size, classes, seconds
         self.dataset = range(100)
@@ -108,17 +111,7 @@ class StandIn(TimedSite):
             settings, memory = spec.settings_hash(self._frozen, roster_hash), SiteMemory(None, manifest.layout_hash)
             self._opened = OpenSite(cohort, manifest, learner, settings, memory, self._frozen, roster_hash)
             self._held = first_state(manifest, self._start, spec.federation.scaffold)
-        site, held = self._site, self._held
-        assert held is not None
-        return {
-            "identity": self._identity.public.hex(),
-            "layout_hash": site.manifest.layout_hash,
-            "weights_hash": site.frozen,
-            "state_hash": held.hash,
-            "roster_hash": site.roster_hash,
-            "device": "a stand-in",
-            "precision": "fp32",
-        }
+        return self._told()
 
     def _segment_all(self, split: str) -> list[Any]:
         return []

@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter, process_time
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,18 +95,15 @@ def slices() -> list[dict[str, float]]:
 
 def one_scan(count: int) -> dict[str, float]:
     """Seconds for a scan of so many slices."""
-    from fedsam_core.data.geometry import Geometry
-    from fedsam_core.data.preprocess import PreparedCase
+    from train import random_case
+
     from fedsam_core.data.slices import SliceConfig
     from fedsam_core.evaluation.inference import segment_scan
     from fedsam_core.sam.backbones import ModelConfig, build_segmenter
     from fedsam_core.selection import preset
 
     segmenter = build_segmenter(ModelConfig(backbone="vit_t", image_size=64), 2, preset("flap", 4), 0)
-    image = np.random.default_rng(0).random((count, 64, 64), np.float32)
-    geometry = Geometry.plan(np.eye(4), (64, 64, count), "axial", spacing=None)
-    named: Any = SimpleNamespace(id="random")
-    case = PreparedCase(named, image, None, geometry.spacing, geometry)
+    case = random_case(count, 64)
     begun, cpu = perf_counter(), process_time()
     segment_scan(segmenter, case, SliceConfig(), 64, 16)
     return {"seconds": perf_counter() - begun, "cpu_s": process_time() - cpu}

@@ -127,8 +127,7 @@ class SiteMemory:
         restart would get a second update of the round, from another memory, and see by how much the two differ. Raises
         as `save`.
         """
-        counted = int(self._noted(_SETTLED).get(round, counted))
-        self._note(_SETTLED, round, counted)
+        counted = int(self._note(_SETTLED, round, counted))
         self.keep(counted)
         for number in self._held:
             if number < round:
@@ -145,13 +144,14 @@ class SiteMemory:
         """Notes that hash, for good: a driver that resumes may go back behind any round. Raises as `save`."""
         self._note(_GIVEN, round, update)
 
-    def _note(self, file: str, round: int, value: Any) -> None:
+    def _note(self, file: str, round: int, value: Any) -> Any:
+        """What was noted first for a round: this value, unless there was one before."""
         noted = self._noted(file)
-        if round in noted:
-            return
-        noted[round] = value
-        if self._folder is not None:
-            write_atomic(self._folder / file, json.dumps(sorted(noted.items())).encode())
+        if round not in noted:
+            noted[round] = value
+            if self._folder is not None:
+                write_atomic(self._folder / file, json.dumps(sorted(noted.items())).encode())
+        return noted[round]
 
     def _noted(self, file: str) -> dict[int, Any]:
         if self._folder is None:
