@@ -44,7 +44,7 @@ from fedsam_core.sam.adapters import local_state, shared_state
 from pipelines import console
 from pipelines.baseline_record import Baseline, BaselineRecorder, Kind, Scorer
 from pipelines.config import Config
-from pipelines.federate import initial_model, open_tracking, run_params, run_tags
+from pipelines.federate import check_weights, initial_model, open_tracking, run_params, run_tags
 from pipelines.prepare import prepare_sites, store_opener
 from pipelines.recorder import Emit, Event, dice_rows
 from pipelines.run_folder import RunFolder
@@ -345,9 +345,7 @@ def _train_local(task: Task, place: Place) -> Baseline:
 
 def run_stage(name: str, baseline: Any, config: Config) -> None:
     """Runs a baseline as a stage and prints what came of it."""
-    checkpoint = config.model.weights_file
-    if checkpoint is not None and not checkpoint.is_file():
-        raise ConfigError(f"model.checkpoint: no file {checkpoint}")
+    check_weights(config)
     open_tracking(config).check()
     with ray_session() if config.engine.kind == "ray" else nullcontext(), console.Bars() as bars:
         prepared = prepare_sites(config, bars)

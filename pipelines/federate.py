@@ -75,13 +75,18 @@ def check(config: Config) -> None:
         FedsamError: names the key and the fix.
     """
     check_settings(config)
-    checkpoint = config.model.weights_file
-    if checkpoint is not None and not checkpoint.is_file():
-        raise ConfigError(f"model.checkpoint: no file {checkpoint}")
+    check_weights(config)
     roster_tag(config)  # a roster that cannot be read
     open_tracking(config).check()
     if config.storage.results is not None:
         check_results(results_store(config))
+
+
+def check_weights(config: Config) -> None:
+    """Finds out whether the model's weights are there. Raises FedsamError."""
+    file = config.model.weights_file
+    if file is not None and not file.is_file():
+        raise ConfigError(f"model.checkpoint: no file {file}")
 
 
 def check_settings(config: Config) -> None:
