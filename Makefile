@@ -8,7 +8,7 @@ CHECKOV := infra/.checkov
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test faults lint format bench infra-check clean
+.PHONY: help setup demo test faults gpu-check lint format bench infra-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -31,6 +31,9 @@ test: setup  ## every test (real scans too, where FEDSAM_REAL_DATA names their f
 
 faults: setup  ## the tests that break processes, nodes, links and stores, and a table of what each fault cost
 	$(BIN)/python -m pytest -m faults
+
+gpu-check: setup  ## the tests that want a GPU; all others hide it from torch
+	FEDSAM_GPU_CHECK=1 $(BIN)/python -m pytest tests/core/test_gpu.py
 
 lint: setup  ## style, types, floors, secrets in the sources, known weaknesses of packages
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
-"""Time of a training step on the CPU, beside a plain loop in fp32 and beside the matrix products that it is made of.
+"""Time of a training step, beside a plain loop in fp32 and beside the matrix products that it is made of.
 
     python benchmarks/train.py --json train.json                     # ViT-B, 224 px, flap and decoder: five minutes
     python benchmarks/train.py --attention                           # the encoder's attention alone, by size and dtype
+    python benchmarks/train.py --batch 32 --steps 10                 # on a GPU, where there is one
 
 Each selection is trained from the same batches by, in turn and again and again:
 
@@ -11,11 +12,11 @@ Each selection is trained from the same batches by, in turn and again and again:
     cached           bf16, with learning.cache_views=1, once the cache is filled (where a selection freezes a prefix)
 
 and what is printed for each is the time of a slice (median over `--repeats`; of the process's CPU time, all threads,
-and of the clock), how many times faster than plain it is, and its ratio to the floor: the floating point operations of
-the plain step, as torch counts them, at the rate that the encoder's own largest products reach in that dtype, measured
-between the steps. The cached rows' floor counts the operations that are left. A measurement is of the steps alone: what
-a round does once (the state put into the model, frozen weights cast) is not in it. Random weights and images: the time
-does not depend on them.
+and of the clock, which is what counts on a GPU), how many times faster than plain it is, and its ratio to the floor:
+the floating point operations of the plain step, as torch counts them, at the rate that the encoder's own largest
+products reach in that dtype, measured between the steps. The cached rows' floor counts the operations that are left. A
+measurement is of the steps alone: what a round does once (the state put into the model, frozen weights cast) is not in
+it. Random weights and images: the time does not depend on them.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from fedsam_core.data.geometry import Geometry
 from fedsam_core.data.preprocess import PreparedCase
 from fedsam_core.data.slices import SliceConfig, SliceDataset
 from fedsam_core.learning.config import LearningConfig
+from fedsam_core.learning.device import describe_device, pick_device
 from fedsam_core.learning.learner import Learner
 from fedsam_core.learning.steps import fit_steps
 from fedsam_core.sam.adapters import State, adapt, shared_state
@@ -48,7 +50,6 @@ from fedsam_core.sam.geometry import BACKBONES
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import preset
 
-CPU = torch.device("cpu")
 CLASSES = 2
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of a measurement")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", type=torch.device, default=pick_device())
     parser.add_argument("--attention", action="store_true", help="measure the encoder's attention alone")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
@@ -75,7 +77,12 @@ def main() -> None:
     rows = attention_rows(options) if options.attention else step_rows(options)
     print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "rows": rows}, indent=1))
+        options.json.write_text(json.dumps({"options": told(options), "rows": rows}, indent=1))
+
+
+def told(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON has them, and what the device is."""
+    return vars(options) | {"json": None, "device": describe_device(options.device), "torch": torch.__version__}
 
 
 def step_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -92,24 +99,27 @@ def step_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 clock, cpu = run()
                 if repeat:  # the first one fills caches, the allocator's too
                     times[variant].append((1000 * cpu / slices, 1000 * clock / slices))
+                elif options.device.type == "cuda":
+                    run()  # the second one finds what kernels it chose
             for dtype, found in rates.items():
                 found.append(gemm_rate(options, dtype))
-        plain = median(cpu for cpu, _ in times["plain"])
+        counts = 1 if options.device.type == "cuda" else 0
+        plain = median(pair[counts] for pair in times["plain"])
         for variant, (_, flops) in runs.items():
             rate = median(rates[torch.float32 if variant in ("plain", "fp32") else torch.bfloat16])
-            cpu, clock = (median(values) for values in zip(*times[variant], strict=True))
+            spent = [median(values) for values in zip(*times[variant], strict=True)]
             floor = 1000 * flops / rate
             rows.append(
                 {
                     "selection": name,
                     "variant": variant,
-                    "cpu_ms_per_slice": round(cpu, 1),
-                    "clock_ms_per_slice": round(clock, 1),
-                    "times_plain": round(plain / cpu, 2),
+                    "cpu_ms_per_slice": round(spent[0], 3),
+                    "clock_ms_per_slice": round(spent[1], 3),
+                    "times_plain": round(plain / spent[counts], 2),
                     "gflop_per_slice": round(flops / 1e9, 1),
                     "gemm_gflop_per_s": round(rate / 1e9),
-                    "floor_ms": round(floor, 1),
-                    "over_floor": round(cpu / floor, 2),
+                    "floor_ms": round(floor, 3),
+                    "over_floor": round(spent[counts] / floor, 2),
                 }
             )
     return rows
@@ -127,7 +137,7 @@ def runs_of(
         config = LearningConfig(
             local_steps=options.steps, batch_size=options.batch, threads=options.threads, **VARIANTS.get(variant, {})
         )
-        learner = Learner("site", segmenter, manifest, dataset, config, CPU)
+        learner = Learner("site", segmenter, manifest, dataset, config, options.device)
         state = shared_state(segmenter, manifest)
         if variant == "plain":
             all_flops, left = counted(segmenter, options)
@@ -166,7 +176,7 @@ def plain_loop(learner: Learner, options: argparse.Namespace) -> Callable[[], No
         optimizer = torch.optim.AdamW(trained)
         segmenter.train()
         for step, indices in enumerate(batches):
-            images, labels = learner.dataset.batch(indices, seed=step, train=True)
+            images, labels = (each.to(learner.device) for each in learner.dataset.batch(indices, step, train=True))
             segmenter.zero_grad()
             loss = learner.loss(segmenter(images), labels[:, None])
             loss.backward()
@@ -208,7 +218,7 @@ class OfficialAttention(nn.Module):
 
 def counted(segmenter: SamSegmenter, options: argparse.Namespace) -> tuple[float, float]:
     """Floating point operations of a slice's step, and of what is left of it once the frozen stages are cached."""
-    images = torch.rand(1, 3, options.size, options.size)
+    images = torch.rand(1, 3, options.size, options.size, device=options.device)
     with FlopCounterMode(display=False) as every:
         segmenter(images).sum().backward()
     frozen = segmenter.frozen_stages()
@@ -223,8 +233,8 @@ def gemm_rate(options: argparse.Namespace, dtype: torch.dtype) -> float:
     """Operations a second of a batch's tokens times the MLP's weights, one block after the other."""
     width = BACKBONES[options.backbone].embed_dim
     tokens = options.batch * (options.size // 16) ** 2
-    x, wide = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens, 4 * width, dtype=dtype)
-    weights = [torch.randn(4 * width, width, dtype=dtype) for _ in range(6)]
+    draw = partial(torch.randn, dtype=dtype, device=options.device)
+    x, wide, weights = draw(tokens, width), draw(tokens, 4 * width), [draw(4 * width, width) for _ in range(6)]
 
     def products() -> None:
         for weight in weights:
@@ -232,7 +242,8 @@ def gemm_rate(options: argparse.Namespace, dtype: torch.dtype) -> float:
             F.linear(wide, weight.T)
 
     products()
-    return 2 * tokens * 4 * width * width * 2 * len(weights) / min(timed(products)[1] for _ in range(3))
+    counts = 0 if options.device.type == "cuda" else 1
+    return 2 * tokens * 4 * width * width * 2 * len(weights) / min(timed(products)[counts] for _ in range(3))
 
 
 def attention_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -240,7 +251,7 @@ def attention_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for size, batch in ((224, 8), (512, 1)):
         grid, heads, width = size // 16, 12, 64
-        layer = SplitAttention(heads * width, heads, grid).requires_grad_(False)
+        layer = SplitAttention(heads * width, heads, grid).requires_grad_(False).to(options.device)
         nn.init.normal_(layer.rel_pos_h, std=0.02)
         nn.init.normal_(layer.rel_pos_w, std=0.02)
         for dtype in (torch.float32, torch.bfloat16):
@@ -252,7 +263,7 @@ def attention_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
             for _ in range(options.repeats + 1):
                 for way, module in ways.items():
-                    x = torch.randn(batch, grid, grid, heads * width, dtype=torch.float32)
+                    x = torch.randn(batch, grid, grid, heads * width, device=options.device)
                     times[way].append(attention_times(module, x, dtype))
             for way, found in times.items():
                 forward, both = (median(values) for values in zip(*found[1:], strict=True))
@@ -261,8 +272,8 @@ def attention_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                         "size": size,
                         "dtype": str(dtype).removeprefix("torch."),
                         "attention": way,
-                        "forward_ms_per_slice": round(1000 * forward / batch, 1),
-                        "step_ms_per_slice": round(1000 * both / batch, 1),
+                        "forward_ms_per_slice": round(1000 * forward / batch, 3),
+                        "step_ms_per_slice": round(1000 * both / batch, 3),
                     }
                 )
     return rows
@@ -292,23 +303,36 @@ def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def attention_times(module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """CPU seconds of a pass without gradients, and of one with the backward pass."""
+    """Seconds, of the CPU or of a GPU's clock, of a pass without gradients, and of one with the backward pass."""
 
     def forward() -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             return module(x)  # type: ignore[no-any-return]
 
+    counts, times = (0, 20) if x.is_cuda else (1, 1)
+
+    def taken(function: Callable[[], Any]) -> float:
+        return timed(lambda: [function() for _ in range(times)])[counts] / times
+
     with torch.no_grad():
-        alone = timed(forward)[1]
+        alone = taken(forward)
     x.requires_grad_()
-    return alone, timed(lambda: forward().sum().backward())[1]
+    return alone, taken(lambda: forward().sum().backward())
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of the clock, and of the process's CPU time."""
+    """Seconds of the clock, until a GPU has done its part too, and of the process's CPU time."""
+    settle()
     clock, cpu = perf_counter(), process_time()
     function()
+    settle()
     return perf_counter() - clock, process_time() - cpu
+
+
+def settle() -> None:
+    """Waits for a GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def random_case(depth: int, size: int) -> PreparedCase:

@@ -5,6 +5,7 @@ A site's own node announces the custom resource `site_<id>`, with the id exactly
 site of the run has one (a laptop, a single big machine) sites go wherever there is room.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from fedsam_core.settings import Settings
 
 # Actors hold a sliver of their site's resource: it pins them, and leaves room for a second run at the same site.
 _PIN = 0.001
+_PARTS = 10_000  # the finest share of a resource that Ray books
 _SITE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -30,7 +32,8 @@ class SiteNeeds(Settings):
     gpus: float | None = Field(
         None,
         ge=0,
-        description="GPUs a site reserves (a fraction shares one); unset: 1 where its nodes have GPUs, else 0",
+        description="GPUs a site reserves (a fraction shares one); unset: one, or an equal share where nodes have "
+        "fewer GPUs than sites, or none where they have none",
     )
     pin: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -103,15 +106,24 @@ def plan(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> dict[
     sites = sorted(sites)
     pinned = needs.pin == "always" or (needs.pin == "auto" and any(home_nodes(site, nodes) for site in sites))
     options = {}
+    # A pinned site has a GPU if its own nodes have one, whatever the neighbours have.
+    homes = {site: home_nodes(site, nodes) if pinned else list(nodes) for site in sites}
     for site in sites:
-        # A pinned site has a GPU if its own nodes have one, whatever the neighbours have.
-        has_gpu = any(node.gpus > 0 for node in (home_nodes(site, nodes) if pinned else nodes))
+        rivals = [other for other in sites if any(node in homes[other] for node in homes[site])]
         options[site] = ActorOptions(
             cpus=needs.cpus,
-            gpus=needs.gpus if needs.gpus is not None else float(has_gpu),
+            gpus=needs.gpus if needs.gpus is not None else _share(len(rivals), homes[site]),
             resources={site_resource(site): _PIN} if pinned else {},
         )
     return options
+
+
+def _share(sites: int, nodes: Sequence[Node]) -> float:
+    """GPUs for each of some sites on the same nodes: one, or as large a part of one as gives all of them theirs."""
+    gpus = sum(int(node.gpus) for node in nodes)
+    if not gpus:
+        return 0.0
+    return 1.0 if sites <= gpus else math.floor(_PARTS / math.ceil(sites / gpus)) / _PARTS
 
 
 def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> None:
@@ -124,7 +136,7 @@ def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> 
     if not nodes:
         raise ClusterError("the Ray cluster has no living node: start one with `ray start --head`")
     wanted = plan(sites, nodes, needs)
-    free = {id(node): [node.cpus, _gpu_room(node, needs.gpus)] for node in nodes}
+    free = {id(node): _Free(node.cpus, [_PARTS] * int(node.gpus)) for node in nodes}
     problems = []
     for site in sites:
         options = wanted[site]
@@ -138,14 +150,8 @@ def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> 
                 f"start its node with --resources='{{\"{resource}\": 1}}' or set pin=never"
             )
             continue
-        room = next(
-            (node for node in homes if free[id(node)][0] >= options.cpus and free[id(node)][1] >= options.gpus), None
-        )
-        if room is None:
+        if not any(free[id(node)].take(options) for node in homes):
             problems.append(_no_room(site, options, homes, free))
-        else:
-            free[id(room)][0] -= options.cpus
-            free[id(room)][1] -= options.gpus
     if problems:
         raise ClusterError("; ".join(problems))
 
@@ -155,22 +161,41 @@ def home_nodes(site: str, nodes: Sequence[Node]) -> list[Node]:
     return [node for node in nodes if node.resources.get(site_resource(site), 0.0) > 0]
 
 
-def _gpu_room(node: Node, share: float | None) -> float:
-    """What can be booked of a node's GPUs: a share of one never spreads over two."""
-    return node.gpus if not share or share >= 1 else int(node.gpus) * int(1 / share + 1e-9) * share
+@dataclass
+class _Free:
+    """What a node has left: CPUs, and of each GPU so many of its parts, since a share of one never spreads over two."""
+
+    cpus: float
+    gpus: list[int]
+
+    def places(self, gpus: float) -> list[int]:
+        """The GPUs that such a need would be met by: one for a share, several whole ones, or too few."""
+        fit = [index for index, left in enumerate(self.gpus) if left >= _PARTS * min(gpus, 1)]
+        return fit[: math.ceil(gpus)]
+
+    def take(self, options: ActorOptions) -> bool:
+        """Books what an actor asks for, all of it or nothing; whether it was there."""
+        places = self.places(options.gpus)
+        if self.cpus < options.cpus or len(places) < math.ceil(options.gpus):
+            return False
+        self.cpus -= options.cpus
+        for index in places:
+            self.gpus[index] -= round(_PARTS * min(options.gpus, 1))
+        return True
 
 
-def _no_room(site: str, options: ActorOptions, homes: Sequence[Node], free: Mapping[int, Sequence[float]]) -> str:
+def _no_room(site: str, options: ActorOptions, homes: Sequence[Node], free: Mapping[int, _Free]) -> str:
     """One line on a site for which no node has enough left: what it asks for and what its nodes have."""
     where = "its nodes" if options.resources else "the nodes"
     offers = ", ".join(
-        f"{node.name} {free[id(node)][0]:g} of {node.cpus:g} CPU and {free[id(node)][1]:g} of {node.gpus:g} GPU"
+        f"{node.name} {free[id(node)].cpus:g} of {node.cpus:g} CPU and {sum(free[id(node)].gpus) / _PARTS:g} of "
+        f"{node.gpus:g} GPU"
         for node in homes
     )
     fixes = []
-    if all(free[id(node)][0] < options.cpus for node in homes):
+    if all(free[id(node)].cpus < options.cpus for node in homes):
         fixes.append("lower cpus or add CPUs")
-    if all(free[id(node)][1] < options.gpus for node in homes):
+    if all(len(free[id(node)].places(options.gpus)) < options.gpus for node in homes):
         fixes.append("lower gpus (a fraction shares one) or add GPUs")
     return (
         f"site {site} needs {options.cpus:g} CPU and {options.gpus:g} GPU on one node, {where} have left after the "

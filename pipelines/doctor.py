@@ -10,7 +10,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -66,12 +66,20 @@ class Seen:
         sites: of the cohort; none where they cannot be told.
         nodes: what each node found, by node id.
         homes: by site, ids of the nodes that it may run on.
+        gpus: by site, how many it books; a part of one is shared with others.
     """
 
     config: Config
     sites: tuple[str, ...]
     nodes: Mapping[str, NodeFacts]
     homes: Mapping[str, tuple[str, ...]]
+    gpus: Mapping[str, float] = field(default_factory=dict)
+
+    def on_one_gpu(self, node_id: str) -> int:
+        """The most sites that train on the same GPU of a node."""
+        own = [site for site, homes in self.homes.items() if node_id in homes]
+        shares = [self.gpus[site] for site in own if 0 < self.gpus.get(site, 0) < 1]
+        return min(len(own), int(1 / min(shares))) if shares else 1
 
     def at_sites(self) -> Iterator[tuple[str, NodeFacts, SiteFacts]]:
         """Each site, as each node that it may run on sees it."""
@@ -105,12 +113,11 @@ def examine(config: Config, quick: bool = False) -> list[Finding]:
         sites = _site_names(config)
     except Exception as error:
         findings.append(_failed("sites", error))
-    nodes, homes, found = _look(config, sites, quick)
-    seen = Seen(config, sites, nodes, homes)
+    seen, found = _look(config, sites, quick)
     for check in (settings, model, stores, tracking):
         found += _checked(check, seen)
     for check in (libraries, clocks, gpus, disks, weights, keys, shares, trust):
-        if nodes:
+        if seen.nodes:
             found += _checked(check, seen)
         else:
             found.append(Finding(_name(check), "warn", "not checked: no node could be looked at, see above"))
@@ -139,13 +146,12 @@ def _site_names(config: Config) -> tuple[str, ...]:
     return phantom.site_names(cohort.phantom) if cohort.source == "phantom" else site_names(config)
 
 
-def _look(
-    config: Config, sites: tuple[str, ...], quick: bool
-) -> tuple[dict[str, NodeFacts], dict[str, tuple[str, ...]], list[Finding]]:
+def _look(config: Config, sites: tuple[str, ...], quick: bool) -> tuple[Seen, list[Finding]]:
     """What every node says of itself, the nodes that each site may run on, and whether there is room for all."""
     try:
         if config.engine.kind == "in-process":
-            return {"": look(_question(config, sites, not quick))}, dict.fromkeys(sites, ("",)), []
+            facts = {"": look(_question(config, sites, not quick))}
+            return Seen(config, sites, facts, dict.fromkeys(sites, ("",))), []
         with ray_session():
             known = cluster_nodes()
             placed = plan(sites, known, config.engine.site)
@@ -160,9 +166,11 @@ def _look(
                 reads = not quick and any(placed[site].resources or homes[site][0] == node.id for site in own)
                 questions[node.id] = (node.name, _question(config, own, reads))
             facts, silent = look_at_nodes(questions, _NODE_SECONDS)
-            return facts, homes, [*_placement(config, known, placed), *map(_silent, silent.values())]
+            booked = {site: options.gpus for site, options in placed.items()}
+            found = [*_placement(config, known, placed), *map(_silent, silent.values())]
+            return Seen(config, sites, facts, homes, booked), found
     except Exception as error:
-        return {}, {}, [_failed("cluster", error)]
+        return Seen(config, sites, {}, {}), [_failed("cluster", error)]
 
 
 def _silent(why: str) -> Finding:
@@ -256,7 +264,7 @@ def clocks(seen: Seen) -> list[Finding]:
 
 
 def gpus(seen: Seen) -> list[Finding]:
-    """Whether a training step fits into the GPU that a site gets; an estimate."""
+    """Whether a training step fits into the GPU that a site gets, or into its part of one; an estimate."""
     config = seen.config
     need = training_memory(config.model, seen.classes, config.layers, config.learning)
     fp32 = config.learning.precision == "fp32"
@@ -275,15 +283,18 @@ def gpus(seen: Seen) -> list[Finding]:
         if not node.cuda:
             text = f"{node.name} has a GPU, but its torch is built without CUDA: install torch for CUDA there"
             findings.append(Finding("gpus", "FAIL", text))
+        many = seen.on_one_gpu(node_id)
+        on_it = f", {many} sites share a GPU" if many > 1 else ""
         for gpu in node.gpus:
-            where = f"{told}, {gpu.name} of {node.name} has {_gigabytes(gpu.total)}, {_gigabytes(gpu.free)} free"
-            if least > gpu.total:
+            has = f"{gpu.name} of {node.name} has {_gigabytes(gpu.total)}, {_gigabytes(gpu.free)} free"
+            where = f"{told}{on_it}, {has}"
+            if many * least > gpu.total:
                 findings.append(Finding("gpus", "FAIL", f"{where}: {smaller}"))
-            elif least > gpu.free:
+            elif many * least > gpu.free:
                 findings.append(
                     Finding("gpus", "warn", f"{where}: stop what else is on it (`nvidia-smi`), or {smaller}")
                 )
-            elif most > gpu.total:
+            elif many * most > gpu.total:
                 findings.append(Finding("gpus", "warn", f"{where}: bf16 and a free GPU are needed, or {smaller}"))
     on = ", ".join(f"{name} ({count})" for name, count in sorted(names.items()))
     slow = set(names) == {"the CPU"} and config.model.backbone != "vit_t"

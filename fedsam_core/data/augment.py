@@ -19,18 +19,28 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Random similarity transform (MONAI, whole batch at once; labels nearest), then gamma, gain, offset and noise.
 
-    Every sample's numbers come from its own stream. Intensity changes are the same for all pixels and channels of a
-    sample, apart from the noise.
+    Every sample's numbers come from its own stream, so that none depends on what else is in the batch. Intensity
+    changes are the same for all pixels and channels of a sample, apart from the noise. The work is done on the images'
+    device: a GPU takes slices faster than a processor augments them.
     """
-    theta = torch.from_numpy(np.stack([_random_affine(stream, config) for stream in streams])).float()
+    device = images.device
+    theta = torch.from_numpy(np.stack([_random_affine(stream, config) for stream in streams])).float().to(device)
     warp = partial(AffineTransform, normalized=True, padding_mode="zeros", align_corners=False)
     images = warp(mode="bilinear")(images, theta)
     labels = warp(mode="nearest")(labels[:, None].float(), theta)[:, 0].long()
 
-    gamma, gain, offset, deviation = (column[:, None, None, None] for column in _random_intensity(streams, config))
+    intensity = _random_intensity(streams, config).to(device)
+    gamma, gain, offset, deviation = (column[:, None, None, None] for column in intensity)
     images = images.clamp(0, 1) ** gamma * gain + offset
-    noise = np.stack([stream.standard_normal(images.shape[1:], dtype=np.float32) for stream in streams])
-    return (images + deviation * torch.from_numpy(noise)).clamp(0, 1), labels
+    noise = torch.stack([_noise(stream, images[0].shape, device) for stream in streams])
+    return (images + deviation * noise).clamp(0, 1), labels
+
+
+def _noise(stream: np.random.Generator, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Standard normal float32. A GPU draws it by itself, from a seed of the stream: other numbers than a CPU's."""
+    if device.type == "cpu":
+        return torch.from_numpy(stream.standard_normal(shape, dtype=np.float32))
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(int(stream.integers(2**63))), device=device)
 
 
 def _random_affine(stream: np.random.Generator, config: SliceConfig) -> npt.NDArray[np.float64]:

@@ -12,15 +12,17 @@ Array axes of a prepared volume are [D, H, W]: slices first, each as radiology l
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from torch import Tensor
 from torch.nn import functional as F
 
+Array = TypeVar("Array", npt.NDArray[Any], Tensor)
 Plane = Literal["axial", "coronal", "sagittal"]
 AXES: dict[Plane, str] = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
 _PLANE_ACROSS: dict[str, Plane] = {
@@ -146,7 +148,7 @@ class Geometry:
         return first, second, third
 
 
-def resize(array: npt.NDArray[Any], shape: Sequence[int], order: Literal[0, 1]) -> npt.NDArray[Any]:
+def resize(array: Array, shape: Sequence[int], order: Literal[0, 1]) -> Array:
     """Resample the last three axes to `shape` over the same field of view.
 
     Voxel centres are aligned as in `(i + 0.5) * old / new - 0.5`, so nothing shifts. Order 0: nearest, dtype kept.
@@ -154,10 +156,12 @@ def resize(array: npt.NDArray[Any], shape: Sequence[int], order: Literal[0, 1]) 
     fade instead of vanishing between the samples). Equal shapes return the values untouched.
 
     Args:
-        array: [..., D, H, W].
+        array: [..., D, H, W]; a tensor (order 1 alone) is resampled on its own device.
         shape: (D', H', W').
     """
-    old, new = array.shape[-3:], tuple(shape)
+    old, new = tuple(array.shape[-3:]), tuple(shape)
+    if isinstance(array, Tensor):
+        return _interpolate(array.float(), new)
     if old == new:
         return array if order == 0 else array.astype(np.float32, copy=False)
     if order == 0:
@@ -166,10 +170,15 @@ def resize(array: npt.NDArray[Any], shape: Sequence[int], order: Literal[0, 1]) 
                 nearest = np.minimum((np.arange(m) + 0.5) * n / m, n - 1).astype(np.int64)
                 array = array.take(nearest, axis=axis)
         return array
-    leading = array.shape[:-3]
-    if array.size == 0:
-        return np.empty((*leading, *new), dtype=np.float32)
-    volumes = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).reshape(-1, *old)
+    return _interpolate(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)), new).numpy()
+
+
+def _interpolate(array: Tensor, new: tuple[int, ...]) -> Tensor:
+    """`resize` of order 1, of float32."""
+    leading, old = array.shape[:-3], tuple(array.shape[-3:])
+    if array.numel() == 0:
+        return array.new_empty(*leading, *new)
+    volumes = array.reshape(-1, *old)
     if old[1:] != new[1:]:
         volumes = F.interpolate(volumes, size=new[1:], mode="bilinear", align_corners=False, antialias=True)
     if old[0] != new[0]:
@@ -178,4 +187,4 @@ def resize(array: npt.NDArray[Any], shape: Sequence[int], order: Literal[0, 1]) 
             columns, size=(new[0], new[1] * new[2]), mode="bilinear", align_corners=False, antialias=True
         )
         volumes = columns
-    return volumes.reshape(*leading, *new).numpy()
+    return volumes.reshape(*leading, *new)

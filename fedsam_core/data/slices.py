@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
-from fedsam_core.data.geometry import resize
+from fedsam_core.data.geometry import Array, resize
 from fedsam_core.data.preprocess import PreparedCase
 from fedsam_core.errors import DataError
 from fedsam_core.hashing import derive_seed
@@ -42,13 +43,14 @@ class SliceConfig(Settings):
     noise: float = Field(default=0.02, ge=0, description="largest standard deviation of the Gaussian noise added")
 
 
-def to_square(
-    volume: npt.NDArray[Any], size: int, order: Literal[0, 1], pixel: tuple[float, float]
-) -> npt.NDArray[Any]:
+CPU = torch.device("cpu")
+
+
+def to_square(volume: Array, size: int, order: Literal[0, 1], pixel: tuple[float, float]) -> Array:
     """Pad slices with zeros to a physical square around their centre, then resample: nothing is stretched.
 
     Args:
-        volume: [..., D, H, W].
+        volume: [..., D, H, W]; a tensor (order 1 alone) stays on its device.
         size: side S of the result.
         order: 0 nearest (labels, dtype kept), 1 linear (float32).
         pixel: (row, column) spacing in mm.
@@ -58,17 +60,18 @@ def to_square(
     """
     height, width = volume.shape[-2:]
     (top, bottom), (left, right) = _padding(height, width, pixel)
-    padded = np.pad(volume, [(0, 0)] * (volume.ndim - 2) + [(top, bottom), (left, right)])
+    if isinstance(volume, Tensor):
+        padded = F.pad(volume, (left, right, top, bottom))
+    else:
+        padded = np.pad(volume, [(0, 0)] * (volume.ndim - 2) + [(top, bottom), (left, right)])
     return resize(padded, (volume.shape[-3], size, size), order)
 
 
-def from_square(
-    array: npt.NDArray[Any], shape: tuple[int, int], order: Literal[0, 1], pixel: tuple[float, float]
-) -> npt.NDArray[Any]:
+def from_square(array: Array, shape: tuple[int, int], order: Literal[0, 1], pixel: tuple[float, float]) -> Array:
     """Inverse of `to_square` in geometry: resample onto the padded slices and cut the padding off.
 
     Args:
-        array: [..., D, S, S].
+        array: [..., D, S, S]; a tensor (order 1 alone) stays on its device.
         shape: (H, W) of the slices.
         order: 0 nearest (dtype kept), 1 linear (float32).
         pixel: (row, column) spacing in mm of the slices.
@@ -136,7 +139,9 @@ class SliceDataset:
         shown = [label.any(axis=(1, 2)) for label in self._labels]
         return np.concatenate(shown) if shown else np.zeros(0, np.bool_)
 
-    def batch(self, indices: Sequence[int] | npt.NDArray[np.integer], seed: int, train: bool) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Sequence[int] | npt.NDArray[np.integer], seed: int, train: bool, device: torch.device = CPU
+    ) -> tuple[Tensor, Tensor]:
         """Samples of some slices.
 
         Args:
@@ -144,22 +149,29 @@ class SliceDataset:
             seed: of the step; with the slice's case and number alone, it decides the augmentation: neither the rest of
                 the batch nor the site's other cases have a say.
             train: augment, if the configuration does.
+            device: where it is augmented, and what the samples are for.
 
         Returns:
             images float32 [B, 3, S, S] in [0, 1]; labels int64 [B, S, S].
         """
-        images = np.concatenate([self._window(int(index)) for index in indices]).astype(np.float32)
-        labels = np.stack([self._labels[self._case_of[index]][self._slice_of[index]] for index in indices])
+        stored = np.concatenate([self._window(int(index)) for index in indices])
+        shown = np.stack([self._labels[self._case_of[index]][self._slice_of[index]] for index in indices])
+        images, labels = put(torch.from_numpy(stored), device).float(), put(torch.from_numpy(shown), device)
         if not (train and self.config.augment):
-            return torch.from_numpy(images), torch.from_numpy(labels).long()
+            return images, labels.long()
         from fedsam_core.data.augment import augment  # MONAI takes seconds to import, and only training needs it
 
         streams = [np.random.default_rng(derive_seed(seed, "augment", *self.name(index))) for index in indices]
-        return augment(torch.from_numpy(images), torch.from_numpy(labels), streams, self.config)
+        return augment(images, labels, streams, self.config)
 
     def _window(self, index: int) -> npt.NDArray[np.float16]:
         case = self._case_of[index]
         return windows(self._images[case], [int(self._slice_of[index])], self._spacing[case], self.config)
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; by way of memory that a GPU reads by itself, so that nobody waits for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _padding(height: int, width: int, pixel: tuple[float, float]) -> tuple[tuple[int, int], tuple[int, int]]:

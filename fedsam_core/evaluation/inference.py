@@ -18,13 +18,14 @@ import nibabel as nib
 import numpy as np
 import torch
 from nibabel.wrapstruct import WrapStructError
+from torch import Tensor, nn
 
 from fedsam_core.data.cohort import Case
 from fedsam_core.data.dicom import read_header
 from fedsam_core.data.files import write_atomic
 from fedsam_core.data.geometry import Geometry, resize
 from fedsam_core.data.preprocess import PreparedCase
-from fedsam_core.data.slices import SliceConfig, from_square, to_square, windows
+from fedsam_core.data.slices import SliceConfig, from_square, put, to_square, windows
 from fedsam_core.errors import DataError
 from fedsam_core.sam.casting import frozen_in
 from fedsam_core.sam.segmenter import SamSegmenter
@@ -61,7 +62,7 @@ def predict_volume(
     probabilities = np.empty((segmenter.classes + 1, *case.image.shape), dtype=np.float32)
     with _evaluating(segmenter, autocast):
         for part, batch in _batches(segmenter, case, slices, image_size, batch_size, autocast):
-            probabilities[:, part] = batch
+            probabilities[:, part] = batch.cpu().numpy()
     return probabilities
 
 
@@ -96,14 +97,16 @@ def segment_scan(
     weights = resize(np.eye(total, dtype=np.float32)[:, :, None], (depth, total, 1), order=1)[:, :, 0]
     first, last = (weights != 0).argmax(axis=1), total - 1 - (weights[:, ::-1] != 0).argmax(axis=1)
     labels = np.empty((depth, height * width), dtype=np.uint8)
-    held, begin, done = np.empty((segmenter.classes + 1, 0, height * width), dtype=np.float32), 0, 0
+    shares = torch.from_numpy(weights).to(_device_of(segmenter))
+    held, begin, done = shares.new_empty(segmenter.classes + 1, 0, height * width), 0, 0
     with _evaluating(segmenter, autocast):
         for part, batch in _batches(segmenter, case, slices, image_size, batch_size, autocast):
             fresh = resize(batch, (batch.shape[1], height, width), order=1)
-            held = np.concatenate([held, fresh.reshape(*fresh.shape[:2], -1)], axis=1)
+            held = torch.cat([held, fresh.flatten(2)], dim=1)
             while done < depth and last[done] < part.stop:
                 low, high = int(first[done]), int(last[done]) + 1
-                labels[done] = (weights[done, low:high] @ held[:, low - begin : high - begin]).argmax(axis=0)
+                mixed = shares[done, low:high] @ held[:, low - begin : high - begin]
+                labels[done] = mixed.argmax(dim=0).to(torch.uint8).cpu().numpy()
                 done += 1
             needed = min(int(first[done]), part.stop) if done < depth else part.stop
             held, begin = held[:, needed - begin :], needed
@@ -174,40 +177,47 @@ def _batches(
     image_size: int,
     batch_size: int,
     autocast: torch.dtype | None,
-) -> Iterator[tuple[slice, Probabilities]]:
-    """Runs through the volume once: (which slices, their probabilities float32 [classes + 1, n, H, W])."""
+) -> Iterator[tuple[slice, Tensor]]:
+    """Runs through the volume once: (which slices, their probabilities float32 [classes + 1, n, H, W]).
+
+    All of it is done on the segmenter's device: a GPU segments slices faster than a processor resamples them.
+    """
     depth, height, width = case.image.shape
     pixel = case.spacing[1:]
-    device = next(segmenter.parameters()).device
+    device = _device_of(segmenter)
     neighbors = windows(np.arange(depth)[:, None, None], np.arange(depth), case.spacing[0], slices)[..., 0, 0]
     # Square slices are float16, as they are in training; of them only those that a later batch still looks at are kept.
-    squares, first, end = np.empty((0, image_size, image_size), dtype=np.float16), 0, 0
-    blank: Probabilities | None = None  # of a slice without any signal, once there was one
+    squares, first, end = torch.empty(0, image_size, image_size, dtype=torch.float16, device=device), 0, 0
+    blank: Tensor | None = None  # of a slice without any signal, once there was one
     for start in range(0, depth, batch_size):
         part = slice(start, min(start + batch_size, depth))
         low, high = int(neighbors[part].min()), int(neighbors[part].max()) + 1
-        fresh = to_square(case.image[end:high], image_size, 1, pixel).astype(np.float16)
-        squares, first, end = np.concatenate([squares[low - first :], fresh]), low, high
-        inputs = squares[neighbors[part] - first]
-        encoded = inputs.any(axis=(1, 2, 3))
+        fresh = to_square(put(torch.from_numpy(case.image[end:high]), device), image_size, 1, pixel).half()
+        squares, first, end = torch.cat([squares[low - first :], fresh]), low, high
+        inputs = squares[torch.from_numpy(neighbors[part] - first).to(device)]
+        encoded = (inputs != 0).flatten(1).any(dim=1).cpu().numpy()
         first_blank = int(encoded.argmin()) if blank is None and not encoded.all() else None
         if first_blank is not None:
             encoded[first_blank] = True
-        probabilities = np.empty((segmenter.classes + 1, len(inputs), image_size, image_size), dtype=np.float32)
+        probabilities = torch.empty(segmenter.classes + 1, len(inputs), image_size, image_size, device=device)
+        which = torch.from_numpy(encoded).to(device)
         if encoded.any():
-            images = torch.from_numpy(inputs[encoded].astype(np.float32)).to(device)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                logits = segmenter(images)
-            probabilities[:, encoded] = logits.float().softmax(dim=1).transpose(0, 1).cpu().numpy()
+                logits = segmenter(inputs[which].float())
+            probabilities[:, which] = logits.float().softmax(dim=1).transpose(0, 1)
         if first_blank is not None:
-            blank = probabilities[:, first_blank].copy()
+            blank = probabilities[:, first_blank].clone()
         if blank is not None:
-            probabilities[:, ~encoded] = blank[:, None]
+            probabilities[:, ~which] = blank[:, None]
         yield part, from_square(probabilities, (height, width), 1, pixel)
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 @contextmanager
-def _evaluating(model: torch.nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
+def _evaluating(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
     """Evaluation mode without gradients inside, frozen weights in the dtype that they are multiplied in; afterwards
     every module is as it was."""
     before = {module: module.training for module in model.modules()}

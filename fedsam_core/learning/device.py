@@ -6,8 +6,9 @@ import torch
 
 
 def pick_device() -> torch.device:
-    """CUDA where torch sees a GPU, else the CPU. Ray's bookkeeping of (possibly fake) GPUs is not asked."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU at hand where torch sees one, else the CPU. Ray's bookkeeping of (possibly fake) GPUs is not asked."""
+    # By its number: other threads of the process, which make batches, may have another GPU at hand.
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def describe_device(device: torch.device) -> str:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedsam_core.data.slices import SliceDataset
+from fedsam_core.data.slices import CPU, SliceDataset, put
 from fedsam_core.hashing import derive_seed
 from fedsam_core.sam.segmenter import SamSegmenter
 
@@ -99,7 +99,7 @@ class FrozenPrefix:
         self._seeds = tuple(derive_seed(seed, "view", view) for view in range(self.views))
 
     def batch(
-        self, indices: Sequence[int] | npt.NDArray[np.integer[Any]], seed: int, train: bool
+        self, indices: Sequence[int] | npt.NDArray[np.integer[Any]], seed: int, train: bool, device: torch.device = CPU
     ) -> tuple[Tensor, Tensor]:
         """A view of each of some slices.
 
@@ -107,22 +107,24 @@ class FrozenPrefix:
             indices: B slices.
             seed: of the step; with the slice's case and number alone, it decides which view.
             train: False for the slices as they are.
+            device: what the samples are for.
 
         Returns:
-            what `finish` asks for, on the CPU: activations [B, ...], or images [B, 3, S, S] where nothing is frozen;
-            labels int64 [B, S, S].
+            what `finish` asks for: activations [B, ...], or images [B, 3, S, S] where nothing is frozen; labels int64
+            [B, S, S].
         """
         keys = [self._key(int(index), seed) for index in indices]
         if not self.stages or not train:
-            samples = [self.dataset.batch([index], seed=view, train=train) for index, view in keys]
+            samples = [self.dataset.batch([index], seed=view, train=train, device=device) for index, view in keys]
             images = torch.cat([image for image, _ in samples])
-            return (self._encode(images) if self.stages else images), torch.cat([label for _, label in samples])
+            inputs = self._encode(images).to(device) if self.stages else images
+            return inputs, torch.cat([label for _, label in samples])
         missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
         found = {key: self._kept[key] for key in keys if key in self._kept} | self._make(missing)
         self._keep(found)
         entries = [found[key] for key in keys]
-        activations = torch.stack([entry.activation for entry in entries])
-        return activations, torch.stack([entry.label for entry in entries]).long()
+        activations = put(torch.stack([entry.activation for entry in entries]), device)
+        return activations, put(torch.stack([entry.label for entry in entries]), device).long()
 
     def finish(self, x: Tensor) -> Tensor:
         """What `batch` gave, on the segmenter's device, to logits [B, 1 + classes, S, S]."""
@@ -132,10 +134,11 @@ class FrozenPrefix:
         return index, self._seeds[derive_seed(seed, "view", *self.dataset.name(index)) % self.views]
 
     def _make(self, keys: Sequence[Key]) -> dict[Key, _Entry]:
-        samples = [self.dataset.batch([index], seed=view, train=True) for index, view in keys]
-        activations = self._encode(torch.cat([image for image, _ in samples])) if samples else ()
+        device = self.segmenter.input_scale.device
+        samples = [self.dataset.batch([index], seed=view, train=True, device=device) for index, view in keys]
+        activations = self._encode(torch.cat([image for image, _ in samples])).cpu() if samples else ()
         return {
-            key: _Entry(activation.clone(), label[0].to(torch.uint8))
+            key: _Entry(activation.clone(), label[0].to("cpu", torch.uint8))
             for key, activation, (_, label) in zip(keys, activations, samples, strict=True)
         }
 
@@ -145,7 +148,7 @@ class FrozenPrefix:
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             parts = torch.split(images.to(device), 1 if device.type == "cpu" else len(images))
             made = torch.cat([self.segmenter.begin(part, self.stages) for part in parts])
-        return made.to("cpu", self.autocast or torch.float32)
+        return made.to(self.autocast or torch.float32)
 
     def _keep(self, entries: dict[Key, _Entry]) -> None:
         for key, entry in entries.items():

@@ -25,8 +25,8 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 class Samples(Protocol):
     """Where a step's samples come from: the site's slices, or what frozen stages made of them."""
 
-    def batch(self, indices: Indices, seed: int, train: bool) -> tuple[Tensor, Tensor]:
-        """Inputs of the model, and labels int64 [B, H, W]."""
+    def batch(self, indices: Indices, seed: int, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs of the model, and labels int64 [B, H, W], on the device."""
         ...
 
 
@@ -81,6 +81,22 @@ def fit_steps(
     rank, count = worker()
     losses: list[float] = []
     overlap: Tensor | None = None
+    unread: tuple[Tensor, Tensor] | None = None  # loss and norm of the step before
+
+    def read() -> None:
+        """Looks at the step before: waiting for this one would leave a GPU idle until the next one is launched."""
+        if unread is None:
+            return
+        for what, value in zip(("the loss", "a gradient"), unread, strict=True):
+            if not torch.isfinite(value):
+                step = len(losses)
+                raise TrainingError(
+                    f"{who}: {what} is not finite in round {round_number}, step {step + 1}; nothing of this round is "
+                    f"kept or sent. Lower learning.learning_rate ({rates[step]:g} in this step), or set "
+                    "learning.precision=fp32"
+                )
+        losses.append(float(unread[0]))
+
     parts = [indices[rank::count] for indices in batches]
     ahead = _prefetched(samples, parts, seed, device)
     for step, (indices, rate, (inputs, labels)) in enumerate(zip(batches, rates, ahead, strict=True)):
@@ -97,16 +113,12 @@ def fit_steps(
         for correction in corrections:
             correction.correct()
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip or math.inf)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            what = "the loss" if not torch.isfinite(loss) else "a gradient"
-            raise TrainingError(
-                f"{who}: {what} is not finite in round {round_number}, step {step + 1}; nothing of this round is kept "
-                f"or sent. Lower learning.learning_rate ({rate:g} in this step), or set learning.precision=fp32"
-            )
         optimizer.step()
-        losses.append(float(loss.detach()) * share)
+        read()
+        unread = loss.detach() * share, norm
         seen = share * _overlap(logits.detach(), labels) / len(batches)
         overlap = seen if overlap is None else overlap + seen
+    read()
     assert overlap is not None  # a round has a step
     mean = torch.tensor(float(np.mean(losses)), dtype=torch.float64, device=device)
     if count > 1:
@@ -118,20 +130,18 @@ def fit_steps(
 def _prefetched(
     samples: Samples, parts: Sequence[Indices], seed: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The samples of each step in turn, on the device, made one step ahead."""
+    """The samples of each step in turn, made one step ahead."""
 
     def make(step: int) -> tuple[Tensor, Tensor]:
-        inputs, labels = samples.batch(parts[step], seed=derive_seed(seed, step), train=True)
-        # Memory that the GPU reads by itself, so that the copy takes no time of the step either.
-        return (inputs.pin_memory(), labels.pin_memory()) if device.type == "cuda" else (inputs, labels)
+        return samples.batch(parts[step], seed=derive_seed(seed, step), train=True, device=device)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples") as pool:
         coming = pool.submit(make, 0)
         for step in range(len(parts)):
-            inputs, labels = coming.result()
+            ready = coming.result()
             if step + 1 < len(parts):
                 coming = pool.submit(make, step + 1)
-            yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            yield ready
 
 
 def worker() -> tuple[int, int]:

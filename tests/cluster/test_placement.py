@@ -25,6 +25,8 @@ HOSPITALS = (
         (WORKSTATION, needs_of(cpus=4), {"A": (4, 1, {}), "B": (4, 1, {})}),
         (WORKSTATION, needs_of(gpus=0.5), {"A": (1, 0.5, {}), "B": (1, 0.5, {})}),
         (WORKSTATION, needs_of(gpus=0), {"A": (1, 0, {}), "B": (1, 0, {})}),
+        # Fewer GPUs than sites: shares, as equal as they can be.
+        ((Node("one", 8, 1),), needs_of(), {"A": (1, 0.5, {}), "B": (1, 0.5, {})}),
         # Pinned: a site has a GPU only if its own node has one.
         (HOSPITALS, needs_of(), {"A": (1, 1, {"site_A": 0.001}), "B": (1, 0, {"site_B": 0.001})}),
         (HOSPITALS, needs_of(pin="never", gpus=0), {"A": (1, 0, {}), "B": (1, 0, {})}),
@@ -45,7 +47,7 @@ def test_plan(nodes, needs, expected):
         (LAPTOP, needs_of(cpus=3), ["site B needs 3 CPU", "laptop 1 of 4 CPU", "lower cpus"]),
         (LAPTOP, needs_of(gpus=1), ["site A needs", "site B needs", "0 of 0 GPU", "lower gpus"]),
         ((Node("two", 8, 1),), needs_of(gpus=0.6), ["site B needs 1 CPU and 0.6 GPU", "lower gpus"]),
-        ((Node("one", 8, 1),), needs_of(), ["site B needs", "0 of 1 GPU", "fraction"]),
+        ((Node("one", 8, 1),), needs_of(gpus=1), ["site B needs", "0 of 1 GPU", "fraction"]),
         # CPUs here and GPUs there do not help a single actor.
         ((Node("c", 8, 0), Node("g", 0, 2)), needs_of(), ["site A needs 1 CPU and 1 GPU on one node"]),
         (LAPTOP, needs_of(pin="always"), ["site A needs the resource site_A", "site_B", "no site_* resource"]),
@@ -79,6 +81,18 @@ def test_a_share_of_a_gpu_does_not_spread_over_two():
         preflight("ABC", nodes, needs_of(gpus=0.6))
     with pytest.raises(ValueError, match="whole number"):
         needs_of(gpus=1.5)
+
+
+def test_sites_share_what_gpus_their_own_nodes_have():
+    def shares(sites, *nodes):
+        preflight(sites, nodes, needs_of())
+        return [options.gpus for options in plan(sites, nodes, needs_of()).values()]
+
+    assert shares("ABC", Node("one", 16, 1)) == [0.3333] * 3
+    assert shares("ABCDE", Node("two", 16, 2)) == [0.3333] * 5  # three on the first, two on the second
+    assert shares("ABC", Node("a", 4, 1), Node("b", 4, 2)) == [1] * 3
+    own = Node("ab", 8, 1, {"site_A": 1, "site_B": 1}), Node("c", 8, 1, {"site_C": 1}), Node("head", 2, 4)
+    assert shares("ABC", *own) == [0.5, 0.5, 1]
 
 
 def test_a_site_id_stands_in_the_resource_as_it_is():

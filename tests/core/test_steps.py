@@ -17,7 +17,7 @@ BATCH = np.array([3, 0, 5, 1, 4])
 class Slices:
     """Stands in for a SliceDataset: a slice's content follows from its number alone."""
 
-    def batch(self, indices: Any, seed: int, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, indices: Any, seed: int, train: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         made = [torch.Generator().manual_seed(int(index)) for index in indices]
         images = torch.stack([torch.rand(3, 8, 8, generator=one) for one in made])
         return images, (images[:, 0] > 0.5).long()

@@ -272,6 +272,23 @@ def test_a_gpu_that_is_too_small(
     named(examine(), "gpus", "FAIL", "without CUDA")
 
 
+def test_sites_that_share_a_gpu_need_room_together(small_settings: list[str]) -> None:
+    config = load_config(None, [*small_settings, "model.backbone=vit_b", "model.image_size=512"])
+    facts = replace(nodes.look(doctor._question(config, SITES, False)), cuda="13.0")
+    need = doctor.training_memory(config.model, 2, config.layers, config.learning).most
+
+    def level(booked: float, gigabytes: float) -> str:
+        gpu = nodes.Gpu("Tiny 1", int(gigabytes * need), int(gigabytes * need))
+        homes = dict.fromkeys(SITES, ("node",))
+        facts_of = {"node": replace(facts, gpus=(gpu,))}
+        (finding,) = doctor.gpus(doctor.Seen(config, SITES, facts_of, homes, dict.fromkeys(SITES, booked)))
+        return finding.level
+
+    assert level(1, 1.1) == "ok"
+    assert level(0.5, 2.1) == "ok"
+    assert (level(0.5, 1.1), level(0.3333, 1.1)) == ("warn", "FAIL")
+
+
 def test_what_a_step_keeps_is_counted_as_it_is() -> None:
     model, selection = ModelConfig(backbone="vit_t", image_size=32), preset("flap", 4)
     estimate = training_memory(model, 2, selection, LearningConfig(batch_size=3))
