@@ -1,7 +1,7 @@
 """The byte ledger: what crossed the wire, counted on the serialized messages."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Direction = Literal["up", "down"]
@@ -50,7 +50,7 @@ class Ledger:
 
     def rows(self) -> list[dict[str, str | int]]:
         """The entries as flat dictionaries, for a table."""
-        return [asdict(e) for e in self._entries]
+        return [vars(e).copy() for e in self._entries]  # `asdict` takes ten times as long, and rounds add up
 
     def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Goes on from the rows of a run that was left off. Raises TypeError for others."""

@@ -233,14 +233,15 @@ class Course:
         mean = np.zeros(manifest.shared_size)
         control = None if server.state.control is None else server.state.control.astype(np.float64)
         groups = about.groups
-        active = np.sort(np.concatenate([group.index for group in groups.values()])) if groups else np.empty(0, np.intp)
+        summed = np.zeros(manifest.shared_size, np.bool_)
         for name, group in groups.items():
+            summed[group.index] = True
             mean[group.index] = update.means[name]
             if control is not None:
                 control[group.index] += update.means[CONTROL + name]
         desired = start + mean
         truncation: dict[str, float] = {}
-        target = start.copy()
+        target, active = start.copy(), np.flatnonzero(summed)
         target[active] += server.strategy.step(mean[active], active)
         if config.is_product and self._changes and not self._given_up:
             layers = lora_layers(manifest)
