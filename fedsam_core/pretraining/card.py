@@ -27,6 +27,11 @@ def model_card(facts: Mapping[str, Any], digest: str, size: int, scores: Scores)
         f"| {pixels} | {kept} | {' | '.join(f'{found[kind]:.3f}' for kind in KINDS)} |"
         for (pixels, kept), found in scores.items()
     ]
+    again = (
+        "The same command\n  on the same kind of machine, with as many threads, gives the same bytes."
+        if facts["device"] == "cpu"
+        else "A GPU adds\n  in any order: the same command gives weights as good, but not the same bytes."
+    )
     return f"""# vit_t, pre-trained on drawn scenes
 
 A small Segment Anything (SAM): `segment_anything`'s own image encoder (width 192, 6 blocks), prompt encoder and mask
@@ -36,8 +41,7 @@ checkpoint is given (`model.backbone=vit_t model.checkpoint=auto`).
 - File: `vit_t.safetensors`, {size / 1e6:.1f} MB, SHA-256 `{digest}`. Official parameter names; matrices int8 with a
   scale a row (`fedsam_core/sam/shipped.py`).
 - Made by: `{facts["command"]} --out FOLDER`, seed {facts["config"]["seed"]}, {facts["config"]["steps"]} steps, with
-  fedsam {facts["fedsam"]} and PyTorch {facts["torch"]} on {facts["device"]} ({facts["machine"]}). The same command
-  on the same kind of machine, with as many threads, gives the same bytes.
+  fedsam {facts["fedsam"]} and PyTorch {facts["torch"]} on {facts["device"]} ({facts["machine"]}). {again}
 - Trained on: scenes drawn by `fedsam_core/pretraining/scenes.py`, each seen once. No scan, photograph or download; not
   fedsam's own phantoms either.
 - License: that of fedsam.
