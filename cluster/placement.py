@@ -107,23 +107,27 @@ def plan(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> dict[
     pinned = needs.pin == "always" or (needs.pin == "auto" and any(home_nodes(site, nodes) for site in sites))
     options = {}
     # A pinned site has a GPU if its own nodes have one, whatever the neighbours have.
-    homes = {site: home_nodes(site, nodes) if pinned else list(nodes) for site in sites}
     for site in sites:
-        rivals = [other for other in sites if any(node in homes[other] for node in homes[site])]
+        # Of a pinned site's several nodes the most crowded one decides: Ray may put it there.
+        shares = (
+            [_share([s for s in sites if node in home_nodes(s, nodes)], [node]) for node in home_nodes(site, nodes)]
+            if pinned
+            else [_share(sites, nodes)]
+        )
         options[site] = ActorOptions(
             cpus=needs.cpus,
-            gpus=needs.gpus if needs.gpus is not None else _share(len(rivals), homes[site]),
+            gpus=needs.gpus if needs.gpus is not None else min(shares, default=0.0),
             resources={site_resource(site): _PIN} if pinned else {},
         )
     return options
 
 
-def _share(sites: int, nodes: Sequence[Node]) -> float:
+def _share(sites: Sequence[str], nodes: Sequence[Node]) -> float:
     """GPUs for each of some sites on the same nodes: one, or as large a part of one as gives all of them theirs."""
     gpus = sum(int(node.gpus) for node in nodes)
     if not gpus:
         return 0.0
-    return 1.0 if sites <= gpus else math.floor(_PARTS / math.ceil(sites / gpus)) / _PARTS
+    return 1.0 if len(sites) <= gpus else math.floor(_PARTS / math.ceil(len(sites) / gpus)) / _PARTS
 
 
 def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> None:
@@ -170,7 +174,7 @@ class _Free:
 
     def places(self, gpus: float) -> list[int]:
         """The GPUs that such a need would be met by: one for a share, several whole ones, or too few."""
-        fit = [index for index, left in enumerate(self.gpus) if left >= _PARTS * min(gpus, 1)]
+        fit = [index for index, left in enumerate(self.gpus) if left >= _parts(gpus)]
         return fit[: math.ceil(gpus)]
 
     def take(self, options: ActorOptions) -> bool:
@@ -180,8 +184,13 @@ class _Free:
             return False
         self.cpus -= options.cpus
         for index in places:
-            self.gpus[index] -= round(_PARTS * min(options.gpus, 1))
+            self.gpus[index] -= _parts(options.gpus)
         return True
+
+
+def _parts(gpus: float) -> int:
+    """Of one GPU, what such a need takes: Ray cuts what is finer than its parts off."""
+    return int(_PARTS * min(gpus, 1) + 1e-6)
 
 
 def _no_room(site: str, options: ActorOptions, homes: Sequence[Node], free: Mapping[int, _Free]) -> str:

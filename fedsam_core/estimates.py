@@ -38,8 +38,10 @@ class TrainingMemory:
 
     @property
     def least(self) -> int:
-        """Bytes on a GPU if every activation is bf16; autocast keeps some of them in fp32."""
-        return self.weights + self.optimiser + self.activations // 2 + _CONTEXT_BYTES
+        """Bytes on a GPU if every activation is bf16, and frozen weights are held in both dtypes; autocast keeps some
+        activations in fp32."""
+        held = self.weights + self.weights // 2 + self.optimiser + self.activations // 2
+        return min(held + _CONTEXT_BYTES, self.most)
 
 
 def training_memory(

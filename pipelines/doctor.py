@@ -79,7 +79,7 @@ class Seen:
         """The most sites that train on the same GPU of a node."""
         own = [site for site, homes in self.homes.items() if node_id in homes]
         shares = [self.gpus[site] for site in own if 0 < self.gpus.get(site, 0) < 1]
-        return min(len(own), int(1 / min(shares))) if shares else 1
+        return min(len(shares), int(1 / min(shares))) if shares else 1
 
     def at_sites(self) -> Iterator[tuple[str, NodeFacts, SiteFacts]]:
         """Each site, as each node that it may run on sees it."""
@@ -209,6 +209,8 @@ def _placement(config: Config, nodes: Sequence[Node], placed: Mapping[str, Actor
         return [_failed("placement", error)]
     pinned = sum(bool(options.resources) for options in placed.values())
     text = f"{len(placed)} sites fit on {len(nodes)} nodes, {pinned} of them on nodes of their own"
+    if shared := [options.gpus for options in placed.values() if 0 < options.gpus < 1]:
+        text += f"; {len(shared)} share GPUs, up to {int(1 / min(shared))} to one"
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     wanted = {"CPU": sum(p.cpus for p in placed.values()), "GPU": sum(p.gpus for p in placed.values())}
     for name, amount in wanted.items():

@@ -22,7 +22,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from torch import Tensor
 from torch.nn import functional as F
 
-Array = TypeVar("Array", npt.NDArray[Any], Tensor)
+Voxels = TypeVar("Voxels", npt.NDArray[Any], Tensor)
 Plane = Literal["axial", "coronal", "sagittal"]
 AXES: dict[Plane, str] = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
 _PLANE_ACROSS: dict[str, Plane] = {
@@ -148,7 +148,7 @@ class Geometry:
         return first, second, third
 
 
-def resize(array: Array, shape: Sequence[int], order: Literal[0, 1]) -> Array:
+def resize(array: Voxels, shape: Sequence[int], order: Literal[0, 1]) -> Voxels:
     """Resample the last three axes to `shape` over the same field of view.
 
     Voxel centres are aligned as in `(i + 0.5) * old / new - 0.5`, so nothing shifts. Order 0: nearest, dtype kept.
@@ -158,9 +158,14 @@ def resize(array: Array, shape: Sequence[int], order: Literal[0, 1]) -> Array:
     Args:
         array: [..., D, H, W]; a tensor (order 1 alone) is resampled on its own device.
         shape: (D', H', W').
+
+    Raises:
+        ValueError: order 0 of a tensor.
     """
     old, new = tuple(array.shape[-3:]), tuple(shape)
     if isinstance(array, Tensor):
+        if order == 0:
+            raise ValueError("a tensor is resampled linearly only: give the labels as a numpy array")
         return _interpolate(array.float(), new)
     if old == new:
         return array if order == 0 else array.astype(np.float32, copy=False)

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsam_core.data.geometry import Array, resize
+from fedsam_core.data.geometry import Voxels, resize
 from fedsam_core.data.preprocess import PreparedCase
 from fedsam_core.errors import DataError
 from fedsam_core.hashing import derive_seed
@@ -46,7 +46,7 @@ class SliceConfig(Settings):
 CPU = torch.device("cpu")
 
 
-def to_square(volume: Array, size: int, order: Literal[0, 1], pixel: tuple[float, float]) -> Array:
+def to_square(volume: Voxels, size: int, order: Literal[0, 1], pixel: tuple[float, float]) -> Voxels:
     """Pad slices with zeros to a physical square around their centre, then resample: nothing is stretched.
 
     Args:
@@ -67,7 +67,7 @@ def to_square(volume: Array, size: int, order: Literal[0, 1], pixel: tuple[float
     return resize(padded, (volume.shape[-3], size, size), order)
 
 
-def from_square(array: Array, shape: tuple[int, int], order: Literal[0, 1], pixel: tuple[float, float]) -> Array:
+def from_square(array: Voxels, shape: tuple[int, int], order: Literal[0, 1], pixel: tuple[float, float]) -> Voxels:
     """Inverse of `to_square` in geometry: resample onto the padded slices and cut the padding off.
 
     Args:

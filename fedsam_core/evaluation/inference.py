@@ -192,7 +192,8 @@ def _batches(
     for start in range(0, depth, batch_size):
         part = slice(start, min(start + batch_size, depth))
         low, high = int(neighbors[part].min()), int(neighbors[part].max()) + 1
-        fresh = to_square(put(torch.from_numpy(case.image[end:high]), device), image_size, 1, pixel).half()
+        image = put(torch.from_numpy(np.ascontiguousarray(case.image[end:high])), device)
+        fresh = to_square(image, image_size, 1, pixel).half()
         squares, first, end = torch.cat([squares[low - first :], fresh]), low, high
         inputs = squares[torch.from_numpy(neighbors[part] - first).to(device)]
         encoded = (inputs != 0).flatten(1).any(dim=1).cpu().numpy()

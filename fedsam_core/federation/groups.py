@@ -6,6 +6,7 @@ LoRA's A and B are apart, because B starts from zero. Where sites have different
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,17 +39,30 @@ def tensor_groups(
         sites: of the run.
         ranks: by site, where a site's LoRA rank is lower than the selection's; see `bands`.
     """
+    known = tuple(sorted(ranks.items())) if ranks else ()
+    return dict(_groups(manifest.shared, frozenset(kinds), tuple(sites) if known else (), known))
+
+
+@lru_cache(maxsize=4)  # of a run: all kinds, and those of each stage; sites in one process share them, 8 bytes a value
+def _groups(
+    shared: Sequence[ManifestEntry], kinds: Collection[Kind], sites: Sequence[str], ranks: Sequence[tuple[str, int]]
+) -> dict[str, Group]:
     places: dict[str, list[NDArray[np.intp]]] = {}
     members: dict[str, tuple[str, ...] | None] = {}
-    for entry in manifest.shared:
+    stop = 0
+    for entry in shared:
+        start, stop = stop, stop + entry.numel
         if entry.kind not in kinds:
             continue
-        flat = _flat(manifest, entry)
+        flat = np.arange(start, stop, dtype=np.intp)
         name = entry.group if entry.kind == "whole" else f"{entry.group}.{entry.kind[-1]}"
-        for suffix, part, who in _parts(entry, flat, sites, ranks or {}):
+        for suffix, part, who in _parts(entry, flat, sites, dict(ranks)):
             places.setdefault(name + suffix, []).append(part)
             members[name + suffix] = who
-    return {name: Group(np.concatenate(parts), members[name]) for name, parts in places.items()}
+    groups = {name: Group(np.concatenate(parts), members[name]) for name, parts in places.items()}
+    for group in groups.values():
+        group.index.setflags(write=False)
+    return groups
 
 
 def bands(rank: int, sites: Sequence[str], ranks: Mapping[str, int]) -> list[tuple[int, int, tuple[str, ...] | None]]:
@@ -66,18 +80,13 @@ def beyond_rank(manifest: ParameterManifest, rank: int) -> NDArray[np.intp]:
     """Places (intp) in the flat vector of the LoRA components that a site of this rank does not have."""
     places: list[NDArray[np.intp]] = [np.empty(0, np.intp)]
     for entry in manifest.shared:
-        table = _flat(manifest, entry).reshape(entry.shape)
+        place = manifest.places[entry.name]
+        table = np.arange(place.start, place.stop, dtype=np.intp).reshape(entry.shape)
         if entry.kind == "lora_A":
             places.append(table[rank:].ravel())
         elif entry.kind == "lora_B":
             places.append(table[:, rank:].ravel())
     return np.sort(np.concatenate(places))
-
-
-def _flat(manifest: ParameterManifest, entry: ManifestEntry) -> NDArray[np.intp]:
-    """The places of an entry's values."""
-    place = manifest.places[entry.name]
-    return np.arange(place.start, place.stop, dtype=np.intp)
 
 
 def _parts(

@@ -76,7 +76,7 @@ def fit_steps(
         class over the steps, as shares of all pixels seen.
 
     Raises:
-        TrainingError: a loss or a gradient is not finite; names the step.
+        TrainingError: a loss or a gradient is not finite; names the step. The parameters are of no use then.
     """
     rank, count = worker()
     losses: list[float] = []
@@ -115,7 +115,7 @@ def fit_steps(
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip or math.inf)
         optimizer.step()
         read()
-        unread = loss.detach() * share, norm
+        unread = loss.detach().double() * share, norm
         seen = share * _overlap(logits.detach(), labels) / len(batches)
         overlap = seen if overlap is None else overlap + seen
     read()
@@ -172,7 +172,7 @@ def _overlap(logits: Tensor, labels: Tensor) -> Tensor:
         logits: float [B, 1 + classes, H, W].
         labels: int [B, H, W].
     """
-    predicted = logits.argmax(dim=1)
+    predicted = logits.max(dim=1).indices  # as argmax gives, which takes eight times as long on a CPU
     rows = []
     for index in range(1, logits.shape[1]):
         guess, truth = predicted == index, labels == index

@@ -93,6 +93,11 @@ def test_sites_share_what_gpus_their_own_nodes_have():
     assert shares("ABC", Node("a", 4, 1), Node("b", 4, 2)) == [1] * 3
     own = Node("ab", 8, 1, {"site_A": 1, "site_B": 1}), Node("c", 8, 1, {"site_C": 1}), Node("head", 2, 4)
     assert shares("ABC", *own) == [0.5, 0.5, 1]
+    # Of a site's nodes the most crowded one decides.
+    several = Node("one", 8, 1, {"site_A": 1, "site_B": 1, "site_C": 1}), Node("two", 8, 1, {"site_A": 1})
+    assert shares("ABC", *several) == [0.3333] * 3
+    for sites in (6, 7, 9, 15):  # finer than Ray's parts: it cuts off
+        preflight("ABCDEFGHIJKLMNO"[:sites], (Node("one", 16, 1),), needs_of(gpus=1 / sites))
 
 
 def test_a_site_id_stands_in_the_resource_as_it_is():

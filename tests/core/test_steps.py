@@ -95,3 +95,5 @@ def test_a_group_of_one_is_a_process_alone(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_told_with_who_and_when() -> None:
     with pytest.raises(TrainingError, match=r"site north: .* is not finite in round 3, step 2.*learning_rate"):
         take([BATCH] * 4, rate=1e38)
+    with pytest.raises(TrainingError, match=r"is not finite in round 3, step 2"):  # the last one is looked at too
+        take([BATCH] * 2, rate=1e38)

@@ -275,18 +275,19 @@ def test_a_gpu_that_is_too_small(
 def test_sites_that_share_a_gpu_need_room_together(small_settings: list[str]) -> None:
     config = load_config(None, [*small_settings, "model.backbone=vit_b", "model.image_size=512"])
     facts = replace(nodes.look(doctor._question(config, SITES, False)), cuda="13.0")
-    need = doctor.training_memory(config.model, 2, config.layers, config.learning).most
+    need = doctor.training_memory(config.model, 2, config.layers, config.learning)
 
-    def level(booked: float, gigabytes: float) -> str:
-        gpu = nodes.Gpu("Tiny 1", int(gigabytes * need), int(gigabytes * need))
+    def level(booked: float, memory: float) -> str:
+        gpu = nodes.Gpu("Tiny 1", int(memory), int(memory))
         homes = dict.fromkeys(SITES, ("node",))
         facts_of = {"node": replace(facts, gpus=(gpu,))}
         (finding,) = doctor.gpus(doctor.Seen(config, SITES, facts_of, homes, dict.fromkeys(SITES, booked)))
         return finding.level
 
-    assert level(1, 1.1) == "ok"
-    assert level(0.5, 2.1) == "ok"
-    assert (level(0.5, 1.1), level(0.3333, 1.1)) == ("warn", "FAIL")
+    assert level(1, 1.1 * need.most) == "ok"
+    assert level(0.5, 2.1 * need.most) == "ok"
+    assert level(0.5, 2.1 * need.least) == "warn"
+    assert level(0.3333, 2.1 * need.least) == "FAIL"
 
 
 def test_what_a_step_keeps_is_counted_as_it_is() -> None:
