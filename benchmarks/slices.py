@@ -8,17 +8,17 @@
     fresh     2.5d, augmented anew in every step
     4 views   2.5d, four augmented views of each slice for the whole run (learning.cache_views=4)
 
-Cohorts, sites, steps and model are those of benchmarks/rules.py (vit_t at 64 px from random weights, `flap` at rank 8,
-plain fp32 sums); its runs are not augmented. Dice of the test cases after the last round, mean over sites of the means
-over cases and classes. FILE is written after every run, and what it holds is not run again; a run takes a minute or two
-of one core.
+Cohorts, sites, steps and model are those of benchmarks/rules.py (vit_t at 64 px, `flap` at rank 8, plain fp32 sums),
+from random weights, or with --checkpoint auto from those that come with fedsam. Dice of the test cases after the last
+round, mean over sites of the means over cases and classes. FILE is written after every run, and what it holds is not
+run again; a run takes a minute or two of one core.
 """
 
 import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fedsam_core.data.files import write_atomic
 from fedsam_core.data.slices import SliceConfig
 from fedsam_core.federation.rounds import run_rounds
 from fedsam_core.learning.config import LearningConfig
+from fedsam_core.sam.backbones import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Choice(Budget):
     context: str = "2.5d"
     augment: bool = False
     views: int = 0
+    checkpoint: str = "random"
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(backbone="vit_t", image_size=self.image_size, checkpoint=self.checkpoint)
 
     @property
     def slices(self) -> SliceConfig:
@@ -65,21 +71,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of prepared scans, shared with rules.py")
     parser.add_argument("--json", type=Path, required=True, help="file of all runs of this cohort")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each")
+    parser.add_argument("--checkpoint", choices=("random", "auto"), default="random", help="auto: pre-trained weights")
     parser.add_argument("--only", nargs="+", choices=CHOICES, default=list(CHOICES))
     options = parser.parse_args()
     prepared = prepare_once(cohort_config(options.cohort), options.out / options.cohort)
     runs: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else []
     for seed in range(options.seeds):
         for name in options.only:
-            asked = {**asdict(CHOICES[name]), "seed": seed, "cohort": prepared.cohort.hash}
+            choice = replace(CHOICES[name], checkpoint=options.checkpoint)
+            asked = {**asdict(choice), "seed": seed, "cohort": prepared.cohort.hash}
             if all(run["asked"] != asked for run in runs):
-                federation, sites, _ = begun(prepared, ROWS[0], seed, CHOICES[name])
+                federation, sites, _ = begun(prepared, ROWS[0], seed, choice)
                 run_rounds(federation, lambda report, state: None)
-                dice = mean_dice(tables([tested(federation, sites, CHOICES[name].rounds)]))
+                dice = mean_dice(tables([tested(federation, sites, choice.rounds)]))
                 runs.append({"name": name, "asked": asked, "dice": dice})
                 write_atomic(options.json, json.dumps(runs, indent=1).encode())
                 print(f"{name}, seed {seed}: Dice {dice:.3f}", flush=True)
-    print(table(options.cohort, runs))
+    print(table(options.cohort, [run for run in runs if run["asked"]["checkpoint"] == options.checkpoint]))
 
 
 def table(cohort: str, runs: list[dict[str, Any]]) -> str:
