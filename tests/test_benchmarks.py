@@ -21,6 +21,7 @@ import scale
 import soak
 import train
 
+CPU = torch.device("cpu")
 BUDGET = rules.Budget(rounds=1, local_steps=1, batch_size=2, image_size=32, rank=2)
 
 
@@ -168,21 +169,21 @@ def test_the_exponent_of_a_power() -> None:
 
 
 def test_the_papers_scheme_gives_the_same_labels_at_five_times_the_slices() -> None:
-    options = argparse.Namespace(backbone="vit_t", size=32, slices=6, edge=32, batch=4, repeats=1)
+    options = argparse.Namespace(backbone="vit_t", size=32, slices=6, edge=32, batch=4, repeats=1, device=CPU)
     rows = {line["way"]: line for line in inference.measure(options)}
     assert rows["fp32"]["labels_as_paper"] == 1.0
     assert rows["bf16"]["labels_as_paper"] > 0.95
 
 
 def test_what_a_step_is_compared_with_is_the_same_step() -> None:
-    options = argparse.Namespace(backbone="vit_t", size=32, batch=2, steps=1, repeats=1, threads=1)
+    options = argparse.Namespace(backbone="vit_t", size=32, batch=2, steps=1, repeats=1, threads=1, device=CPU)
     options.selections, options.variants = ["flap", "decoder"], ["fp32", "cached"]
     rows = train.step_rows(options)
     assert [line["variant"] for line in rows] == ["plain", "fp32", "plain", "fp32", "cached"]  # flap freezes no block
     operations = [line["gflop_per_slice"] for line in rows if line["selection"] == "decoder"]
     assert operations[0] == operations[1] > operations[2] > 0
     with torch.no_grad():
-        ours, plain = (inference.built(argparse.Namespace(backbone="vit_t", size=112)) for _ in range(2))
+        ours, plain = (inference.built(argparse.Namespace(backbone="vit_t", size=112, device=CPU)) for _ in range(2))
         train.install_official_attention(plain)
         for block in ours.image_encoder.blocks[0], plain.image_encoder.blocks[0]:
             block.attn.rel_pos_h.fill_(0.1)
