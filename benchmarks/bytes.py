@@ -1,6 +1,6 @@
 """What a run sends, in bytes of real messages: every preset x LoRA rule x ring, beside full fine-tuning in fp32.
 
-    python benchmarks/bytes.py --json --keep rows.jsonl                  # all rows; two hours, 13 GB; resumable
+    python benchmarks/bytes.py --json --keep rows.jsonl                  # all rows; two hours, 17 GB; resumable
     python benchmarks/bytes.py --preset flap --rule rolora --bits 8      # one row
     python benchmarks/bytes.py --preset flap --rule rolora --bits 8 --all-rounds
 
@@ -88,7 +88,7 @@ def main() -> None:
     kept = read_rows(options.keep, options.all_rounds)
     with TemporaryDirectory() as folder:
         prepared = tiny_cohort(Path(folder))
-        # The largest last: they take ten minutes and 13 GB each.
+        # The largest last: they take minutes and 17 GB each.
         missing = [key for key in sorted({*asked, BASELINE}, key=_size) if key not in kept]
         for number, key in enumerate(missing, start=1):
             print(f"{number} of {len(missing)}: {' '.join(map(str, key))}", file=sys.stderr, flush=True)
