@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ from rules import ROWS, Budget, begun, cohort_config, mean_dice, prepare_once, t
 from fedsam_core.data.files import write_atomic
 from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.federation.rounds import run_rounds
-from fedsam_core.hashing import file_sha256
-from fedsam_core.sam.backbones import ModelConfig
 
 AFTER = (1, 3, 10)  # rounds
 
@@ -36,24 +35,9 @@ class Start(Budget):
     rounds: int = AFTER[-1]
     checkpoint: str = "auto"
 
-    @property
-    def model(self) -> ModelConfig:
-        return ModelConfig.model_validate(
-            {"backbone": "vit_t", "image_size": self.image_size, "checkpoint": self.checkpoint}
-        )
-
-    @property
-    def weights(self) -> str:
-        file = self.model.weights_file
-        return "random" if file is None else file_sha256(file)[:12]
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cohort", choices=("hippocampus", "phantom"), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of prepared scans, shared with rules.py")
-    parser.add_argument("--json", type=Path, required=True, help="file of all runs of this cohort")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of either start")
+    parser = run_options(__doc__)
     parser.add_argument("--learning-rate", type=float, default=Budget.learning_rate, help="of both")
     parser.add_argument("--checkpoint", type=Path, help="pre-trained weights; default: those that come with fedsam")
     options = parser.parse_args()
@@ -62,15 +46,55 @@ def main() -> None:
         Start(learning_rate=options.learning_rate, checkpoint=str(options.checkpoint or "auto")),
         Start(learning_rate=options.learning_rate, checkpoint="random"),
     ]
-    runs: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else []
+    runs = read_kept(options.json)
     for seed in range(options.seeds):
         for start in starts:
-            asked = {**asdict(start), "checkpoint": start.weights, "seed": seed, "cohort": prepared.cohort.hash}
-            if all(run["asked"] != asked for run in runs):
-                runs.append({"asked": asked, "dice": dice_by_round(prepared, start, seed)})
-                write_atomic(options.json, json.dumps(runs, indent=1).encode())
-                print(f"{start.weights}, seed {seed}: {runs[-1]['dice']}", flush=True)
+            run_missing(options.json, runs, start.weights, prepared, start, seed, dice_by_round)
     print(table(options.cohort, runs, starts))
+
+
+def run_options(about: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark that keeps its runs in one file, to which it may add others."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cohort", choices=("hippocampus", "phantom"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of prepared scans, shared with rules.py")
+    parser.add_argument("--json", type=Path, required=True, help="file of all runs of this cohort")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each")
+    return parser
+
+
+def read_kept(file: Path) -> list[dict[str, Any]]:
+    """The runs that were finished before."""
+    runs: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    return runs
+
+
+def run_missing(
+    file: Path,
+    runs: list[dict[str, Any]],
+    name: str,
+    prepared: PreparedCohort,
+    budget: Budget,
+    seed: int,
+    dice_of: Callable[[PreparedCohort, Any, int], Any],
+) -> None:
+    """Adds a run to the file, unless it is there: what was asked, with the hash of the weights, and its Dice."""
+    asked = {**asdict(budget), "checkpoint": budget.weights, "seed": seed, "cohort": prepared.cohort.hash}
+    if all(run["asked"] != asked for run in runs):
+        runs.append({"asked": asked, "dice": dice_of(prepared, budget, seed)})
+        write_atomic(file, json.dumps(runs, indent=1).encode())
+        print(f"{name}, seed {seed}: {runs[-1]['dice']}", flush=True)
+
+
+def spread(dice: Mapping[int, float]) -> str:
+    """Mean, lowest and highest over the seeds."""
+    values = list(dice.values())
+    return f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+
+
+def ahead(dice: Mapping[int, float], other: Mapping[int, float]) -> str:
+    """How much more the first has, in each seed that both have."""
+    return ", ".join(f"{dice[seed] - other[seed]:+.3f}" for seed in sorted(dice.keys() & other.keys()))
 
 
 def dice_by_round(prepared: PreparedCohort, start: Start, seed: int) -> dict[str, float]:
@@ -94,10 +118,7 @@ def table(cohort: str, runs: list[dict[str, Any]], starts: list[Start]) -> str:
             {run["asked"]["seed"]: run["dice"][str(after)] for run in runs if of(start, run["asked"])}
             for start in starts
         ]
-        cells = [f"{np.mean(list(d.values())):.3f} [{min(d.values()):.3f}, {max(d.values()):.3f}]" for d in found]
-        ours, theirs = found
-        apart = ", ".join(f"{ours[seed] - theirs[seed]:+.3f}" for seed in sorted(ours.keys() & theirs.keys()))
-        lines.append(f"| {after} rounds | {' | '.join(cells)} | {apart} |")
+        lines.append(f"| {after} rounds | {' | '.join(map(spread, found))} | {ahead(*found)} |")
     return "\n".join(lines)
 
 

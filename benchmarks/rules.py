@@ -84,10 +84,18 @@ class Budget:
     learning_rate: float = 5e-3
     image_size: int = 64
     rank: int = 8
+    checkpoint: str = "random"
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(backbone="vit_t", image_size=self.image_size, checkpoint="random")
+        return ModelConfig.model_validate(
+            {"backbone": "vit_t", "image_size": self.image_size, "checkpoint": self.checkpoint}
+        )
+
+    @property
+    def weights(self) -> str:
+        file = self.model.weights_file
+        return "random" if file is None else file_sha256(file)[:12]
 
     @property
     def selection(self) -> LayerSelection:

@@ -14,22 +14,19 @@ round, mean over sites of the means over cases and classes. FILE is written afte
 run again; a run takes a minute or two of one core.
 """
 
-import argparse
-import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+from pretrained import ahead, read_kept, run_missing, run_options, spread
 from rules import ROWS, Budget, begun, cohort_config, mean_dice, prepare_once, tables, tested
 
-from fedsam_core.data.files import write_atomic
+from fedsam_core.data.preprocess import PreparedCohort
 from fedsam_core.data.slices import SliceConfig
 from fedsam_core.federation.rounds import run_rounds
 from fedsam_core.learning.config import LearningConfig
-from fedsam_core.sam.backbones import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,6 @@ class Choice(Budget):
     context: str = "2.5d"
     augment: bool = False
     views: int = 0
-    checkpoint: str = "random"
-
-    @property
-    def model(self) -> ModelConfig:
-        return ModelConfig(backbone="vit_t", image_size=self.image_size, checkpoint=self.checkpoint)
 
     @property
     def slices(self) -> SliceConfig:
@@ -61,48 +53,44 @@ CHOICES = {
     "fresh": Choice(augment=True),
     "4 views": Choice(augment=True, views=4),
 }
-PAIRS = (("single", "2.5d"), ("2.5d", "fresh"), ("fresh", "4 views"))
-"""What is compared with what."""
+THAN = {"2.5d": "single", "fresh": "2.5d", "4 views": "fresh"}
+"""What each is compared with."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cohort", choices=("hippocampus", "phantom"), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of prepared scans, shared with rules.py")
-    parser.add_argument("--json", type=Path, required=True, help="file of all runs of this cohort")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each")
+    parser = run_options(__doc__)
     parser.add_argument("--checkpoint", choices=("random", "auto"), default="random", help="auto: pre-trained weights")
     parser.add_argument("--only", nargs="+", choices=CHOICES, default=list(CHOICES))
     options = parser.parse_args()
     prepared = prepare_once(cohort_config(options.cohort), options.out / options.cohort)
-    runs: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else []
+    choices = {name: replace(CHOICES[name], checkpoint=options.checkpoint) for name in options.only}
+    runs = read_kept(options.json)
     for seed in range(options.seeds):
-        for name in options.only:
-            choice = replace(CHOICES[name], checkpoint=options.checkpoint)
-            asked = {**asdict(choice), "seed": seed, "cohort": prepared.cohort.hash}
-            if all(run["asked"] != asked for run in runs):
-                federation, sites, _ = begun(prepared, ROWS[0], seed, choice)
-                run_rounds(federation, lambda report, state: None)
-                dice = mean_dice(tables([tested(federation, sites, choice.rounds)]))
-                runs.append({"name": name, "asked": asked, "dice": dice})
-                write_atomic(options.json, json.dumps(runs, indent=1).encode())
-                print(f"{name}, seed {seed}: Dice {dice:.3f}", flush=True)
-    print(table(options.cohort, [run for run in runs if run["asked"]["checkpoint"] == options.checkpoint]))
+        for name, choice in choices.items():
+            run_missing(options.json, runs, name, prepared, choice, seed, last_dice)
+    print(table(options.cohort, runs, choices))
 
 
-def table(cohort: str, runs: list[dict[str, Any]]) -> str:
+def last_dice(prepared: PreparedCohort, choice: Choice, seed: int) -> float:
+    """Test Dice after the last round."""
+    federation, sites, _ = begun(prepared, ROWS[0], seed, choice)
+    run_rounds(federation, lambda report, state: None)
+    return mean_dice(tables([tested(federation, sites, choice.rounds)]))
+
+
+def table(cohort: str, runs: list[dict[str, Any]], choices: Mapping[str, Choice]) -> str:
     """Dice of each over its seeds, and by how much it is ahead of what it is compared with, seed by seed."""
-    dice = {name: {run["asked"]["seed"]: run["dice"] for run in runs if run["name"] == name} for name in CHOICES}
-    than = {better: other for other, better in PAIRS}
     lines = [f"### {cohort}", "", "| slices | test Dice | compared with | ahead by, each seed |", "|---|---|---|---|"]
+    dice = {name: {run["asked"]["seed"]: run["dice"] for run in runs if of(c, run)} for name, c in choices.items()}
     for name, found in dice.items():
-        if found:
-            values = list(found.values())
-            other = dice.get(than.get(name, ""), {})
-            apart = ", ".join(f"{found[seed] - other[seed]:+.3f}" for seed in sorted(found.keys() & other.keys()))
-            spread = f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
-            lines.append(f"| {name} | {spread} | {than.get(name, '')} | {apart} |")
+        than = THAN.get(name, "")
+        lines.append(f"| {name} | {spread(found)} | {than} | {ahead(found, dice.get(than, {}))} |")
     return "\n".join(lines)
+
+
+def of(choice: Choice, run: Mapping[str, Any]) -> bool:
+    wanted = {**asdict(choice), "checkpoint": choice.weights}
+    return wanted.items() <= run["asked"].items()
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import preset
 
 CLASSES = 2
+COUNTS = {"cuda": 0, "cpu": 1}
+"""Which of `timed`'s two times a device is judged by."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
@@ -98,12 +100,12 @@ def step_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             for variant, (run, _) in runs.items():
                 clock, cpu = run()
                 if repeat:  # the first one fills caches, the allocator's too
-                    times[variant].append((1000 * cpu / slices, 1000 * clock / slices))
+                    times[variant].append((1000 * clock / slices, 1000 * cpu / slices))
                 elif options.device.type == "cuda":
                     run()  # the second one finds what kernels it chose
             for dtype, found in rates.items():
                 found.append(gemm_rate(options, dtype))
-        counts = 1 if options.device.type == "cuda" else 0
+        counts = COUNTS[options.device.type]
         plain = median(pair[counts] for pair in times["plain"])
         for variant, (_, flops) in runs.items():
             rate = median(rates[torch.float32 if variant in ("plain", "fp32") else torch.bfloat16])
@@ -113,8 +115,8 @@ def step_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 {
                     "selection": name,
                     "variant": variant,
-                    "cpu_ms_per_slice": round(spent[0], 3),
-                    "clock_ms_per_slice": round(spent[1], 3),
+                    "cpu_ms_per_slice": round(spent[1], 3),
+                    "clock_ms_per_slice": round(spent[0], 3),
                     "times_plain": round(plain / spent[counts], 2),
                     "gflop_per_slice": round(flops / 1e9, 1),
                     "gemm_gflop_per_s": round(rate / 1e9),
@@ -242,7 +244,7 @@ def gemm_rate(options: argparse.Namespace, dtype: torch.dtype) -> float:
             F.linear(wide, weight.T)
 
     products()
-    counts = 0 if options.device.type == "cuda" else 1
+    counts = COUNTS[options.device.type]
     return 2 * tokens * 4 * width * width * 2 * len(weights) / min(timed(products)[counts] for _ in range(3))
 
 
@@ -309,7 +311,7 @@ def attention_times(module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[f
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             return module(x)  # type: ignore[no-any-return]
 
-    counts, times = (0, 20) if x.is_cuda else (1, 1)
+    counts, times = COUNTS[x.device.type], 20 if x.is_cuda else 1
 
     def taken(function: Callable[[], Any]) -> float:
         return timed(lambda: [function() for _ in range(times)])[counts] / times

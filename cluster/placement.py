@@ -106,28 +106,29 @@ def plan(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> dict[
     sites = sorted(sites)
     pinned = needs.pin == "always" or (needs.pin == "auto" and any(home_nodes(site, nodes) for site in sites))
     options = {}
-    # A pinned site has a GPU if its own nodes have one, whatever the neighbours have.
     for site in sites:
-        # Of a pinned site's several nodes the most crowded one decides: Ray may put it there.
-        shares = (
-            [_share([s for s in sites if node in home_nodes(s, nodes)], [node]) for node in home_nodes(site, nodes)]
-            if pinned
-            else [_share(sites, nodes)]
-        )
+        own = _own_share(site, sites, nodes) if pinned else _share(len(sites), nodes)
         options[site] = ActorOptions(
             cpus=needs.cpus,
-            gpus=needs.gpus if needs.gpus is not None else min(shares, default=0.0),
+            gpus=needs.gpus if needs.gpus is not None else own,
             resources={site_resource(site): _PIN} if pinned else {},
         )
     return options
 
 
-def _share(sites: Sequence[str], nodes: Sequence[Node]) -> float:
-    """GPUs for each of some sites on the same nodes: one, or as large a part of one as gives all of them theirs."""
+def _own_share(site: str, sites: Sequence[str], nodes: Sequence[Node]) -> float:
+    """GPUs of a pinned site: it has one if its own nodes have, whatever the neighbours have. Of several with GPUs the
+    most crowded node decides: Ray may put it there."""
+    homes = [node for node in home_nodes(site, nodes) if node.gpus > 0]
+    return min((_share(sum(bool(home_nodes(one, [node])) for one in sites), [node]) for node in homes), default=0.0)
+
+
+def _share(sites: int, nodes: Sequence[Node]) -> float:
+    """GPUs for each of so many sites on the same nodes: one, or as large a part of one as gives all of them theirs."""
     gpus = sum(int(node.gpus) for node in nodes)
     if not gpus:
         return 0.0
-    return 1.0 if len(sites) <= gpus else math.floor(_PARTS / math.ceil(len(sites) / gpus)) / _PARTS
+    return 1.0 if sites <= gpus else math.floor(_PARTS / math.ceil(sites / gpus)) / _PARTS
 
 
 def preflight(sites: Iterable[str], nodes: Sequence[Node], needs: SiteNeeds) -> None:

@@ -96,6 +96,9 @@ def test_sites_share_what_gpus_their_own_nodes_have():
     # Of a site's nodes the most crowded one decides.
     several = Node("one", 8, 1, {"site_A": 1, "site_B": 1, "site_C": 1}), Node("two", 8, 1, {"site_A": 1})
     assert shares("ABC", *several) == [0.3333] * 3
+    # A node of its own without a GPU does not take the other's away.
+    mixed = Node("a", 4, 1, {"site_A": 1}), Node("a2", 4, 0, {"site_A": 1}), Node("b", 4, 1, {"site_B": 1})
+    assert shares("AB", *mixed) == [1, 1]
     for sites in (6, 7, 9, 15):  # finer than Ray's parts: it cuts off
         preflight("ABCDEFGHIJKLMNO"[:sites], (Node("one", 16, 1),), needs_of(gpus=1 / sites))
 

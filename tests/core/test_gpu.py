@@ -168,13 +168,15 @@ def test_pretraining_goes_on(gpu: torch.device, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_takes_the_memory_that_was_estimated(gpu: torch.device, precision: Any, checkpointing: bool) -> None:
+def test_a_step_takes_the_memory_that_was_estimated(
+    cases: list[Any], gpu: torch.device, precision: Any, checkpointing: bool
+) -> None:
     model, chosen = ModelConfig(backbone="vit_b", image_size=224), preset("flap", rank=8)
     learning = LearningConfig(local_steps=2, batch_size=8, precision=precision, checkpointing=checkpointing)
     need = training_memory(model, 2, chosen, learning)
     segmenter = build_segmenter(model, 2, chosen, seed=0)
     manifest = adapt(segmenter, chosen)
-    data = SliceDataset([_noise(16, 224)], 224, SliceConfig())
+    data = SliceDataset(cases, 224, SliceConfig())
     site = Learner("site-a", segmenter, manifest, data, learning, gpu)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() - sum(p.nbytes for p in segmenter.parameters())
@@ -182,12 +184,3 @@ def test_a_step_takes_the_memory_that_was_estimated(gpu: torch.device, precision
     taken, reserved = torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved()
     print(f"{precision} {checkpointing}: {taken / 2**30:.2f} GiB taken, {reserved / 2**30:.2f} reserved; {need}")
     assert taken < need.most if precision == "fp32" else taken < need.least * 1.05
-
-
-def _noise(depth: int, size: int) -> Any:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    from train import random_case
-
-    return random_case(depth, size)
