@@ -2,23 +2,33 @@
 
 import copy
 import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from support import crds
 from support.terraform import ROOT
 
 from cluster.placement import Node, SiteNeeds, plan, preflight
 
 MANIFESTS = ROOT / "cluster" / "kuberay"
-SCHEMA = json.loads((Path(__file__).parent / "crds" / "ray.json").read_text())
-KUBERNETES = "1.32"
+OURS = Path(__file__).parent / "crds"
 SITES = ("site-a", "site-b", "site-c")
+# Maps whose keys are the user's, within a manifest.
+FREE = {"clusterSelector", "labels", "limits", "matchLabels", "nodeSelector", "rayStartParams", "requests"}
+NO_CRDS = (
+    "NOT CHECKED against the operator's own CRDs: FEDSAM_KUBERAY_CRDS names no folder with what "
+    "`kubectl get crd rayclusters.ray.io rayjobs.ray.io -o yaml` prints, or `helm show crds kuberay/kuberay-operator`"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +52,64 @@ def job():
     return yaml.safe_load((MANIFESTS / "job" / "rayjob.yaml").read_text())
 
 
-def check(manifest):
-    """Raises where Kubernetes or KubeRay would refuse the manifest."""
-    if manifest["apiVersion"] != "ray.io/v1":
-        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
-        return
-    kind = {"$ref": f"#/$defs/{manifest['kind']}", "$defs": SCHEMA["$defs"]}
-    jsonschema.Draft202012Validator(kind).validate(manifest)
-    for template in templates(manifest):  # a pod of it
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": template["metadata"], "spec": template["spec"]}
-        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+@pytest.fixture(scope="module", params=["ours", "written out", "the operator's"])
+def schemas(request, tmp_path_factory):
+    """OpenAPI schemas by kind: ours; ours in the operator's form, with Kubernetes' types in full; the operator's."""
+    if request.param == "ours":
+        return crds.read(OURS)
+    if request.param == "the operator's":
+        if not (folder := os.environ.get("FEDSAM_KUBERAY_CRDS")):
+            pytest.skip(NO_CRDS)
+        return crds.read(Path(folder))
+    ours, kubernetes, folder = crds.read(OURS), crds.definitions(), tmp_path_factory.mktemp("crds")
+    for file in OURS.glob("*.yaml"):
+        document = yaml.safe_load(file.read_text())
+        schema = crds.written_out(ours[document["spec"]["names"]["kind"]], kubernetes)
+        document["spec"]["versions"][0]["schema"]["openAPIV3Schema"] = schema
+        kubernetes_validate.validate(document, crds.KUBERNETES, strict=True)
+        (folder / file.name).write_text(json.dumps(document))
+    return crds.read(folder)
+
+
+@pytest.fixture(scope="module")
+def check(schemas):
+    """Raises where Kubernetes, KubeRay's CRD or its operator would refuse a manifest."""
+    validators = crds.validators(schemas)
+
+    def check(manifest: dict[str, Any]) -> None:
+        if manifest["apiVersion"] == "ray.io/v1":
+            validators[manifest["kind"]].validate(manifest)
+            if broken := [what for what, kept in operators_rules(manifest).items() if not kept]:
+                raise jsonschema.ValidationError("; ".join(broken))
+        else:
+            kubernetes_validate.validate(manifest, crds.KUBERNETES, strict=True)
+
+    return check
+
+
+def operators_rules(manifest: dict[str, Any]) -> dict[str, bool]:
+    """What KubeRay's CRD leaves open and its operator asks for all the same, of fields that the manifests use."""
+    spec = manifest["spec"]
+    if manifest["kind"] == "RayJob":
+        modes = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+        return {
+            "a known way to submit": spec.get("submissionMode", "K8sJobMode") in modes,
+            "a cluster by its name": bool(spec.get("clusterSelector", {}).get("ray.io/cluster")),
+            "a cluster that is there is made neither again nor in the job's pod": spec.get("backoffLimit", 0) == 0
+            and spec.get("submissionMode") != "SidecarMode",
+            "a deadline that can be kept": spec.get("activeDeadlineSeconds", 1) > 0,
+            "nothing kept for a while that is never deleted": "ttlSecondsAfterFinished" not in spec,
+        }
+    groups = spec.get("workerGroupSpecs", ())
+    return {
+        "a name for DNS": bool(re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", manifest["metadata"]["name"])),
+        "a known type of service": spec["headGroupSpec"].get("serviceType", "ClusterIP")
+        in ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName"),
+        "a lower bound below the upper": all(
+            0 <= one.get("minReplicas", 0) <= one.get("maxReplicas", 2**31 - 1) for one in groups
+        ),
+        "resources said in one place": not any("resources" in one for one in (spec["headGroupSpec"], *groups)),
+    }
 
 
 def templates(manifest):
@@ -61,7 +119,7 @@ def templates(manifest):
     return [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
 
 
-def test_every_manifest_is_what_kubernetes_and_kuberay_know(built, job):
+def test_every_manifest_is_what_kubernetes_and_kuberay_know(built, job, check):
     kinds = [manifest["kind"] for manifest in [*built, job]]
     assert sorted(kinds) == sorted(
         ["Namespace", "RayCluster", "RayJob", *["PersistentVolumeClaim"] * 4, *["NetworkPolicy"] * 4]
@@ -70,8 +128,18 @@ def test_every_manifest_is_what_kubernetes_and_kuberay_know(built, job):
         check(manifest)
 
 
+def test_no_rule_that_only_the_api_server_can_evaluate_asks_anything_of_the_manifests(cluster, job, schemas):
+    for manifest in (cluster, job):
+        assert list(crds.rules(schemas[manifest["kind"]], manifest)) == []
+        managed = {**manifest, "spec": {**manifest["spec"], "managedBy": "ray.io/kuberay-operator"}}
+        assert len(list(crds.rules(schemas[manifest["kind"]], managed))) == 2
+
+
 def container(manifest):
     return templates(manifest)[-1]["spec"]["containers"][0]
+
+
+REFUSED = (jsonschema.ValidationError, kubernetes_validate.ValidationError)
 
 
 @pytest.mark.parametrize(
@@ -79,21 +147,101 @@ def container(manifest):
     [
         lambda m: m["spec"].update(workerGroups=m["spec"].pop("workerGroupSpecs")),
         lambda m: m["spec"]["workerGroupSpecs"][0].pop("groupName"),
+        lambda m: m["spec"]["workerGroupSpecs"][1].pop("template"),
         lambda m: m["spec"]["workerGroupSpecs"][1].update(replicas="1"),
+        lambda m: m["spec"]["workerGroupSpecs"][1].update(replicas=2**31),
+        lambda m: m["spec"]["workerGroupSpecs"][1].update(minReplicas=2),
         lambda m: m["spec"]["workerGroupSpecs"][2]["rayStartParams"].update({"num-gpus": 1}),
+        lambda m: m["spec"]["workerGroupSpecs"][2].update(resources={"GPU": "1"}),
         lambda m: m["spec"]["headGroupSpec"].update(serviceType="Public"),
+        lambda m: m["spec"]["headGroupSpec"]["template"]["metadata"].update(generateName="head-"),
         lambda m: m["spec"].pop("headGroupSpec"),
+        lambda m: m["spec"].update(authOptions={"mode": "tokens"}),
+        lambda m: m["spec"].update(autoscalerOptions={"env": [{"value": "x"}]}),
+        lambda m: m["spec"].update(upgradeStrategy={"type": "Rolling"}),
+        lambda m: m["metadata"].update(name="fedsam.cluster"),
+        lambda m: templates(m)[0]["spec"].pop("containers"),
         lambda m: container(m).update(imagePullPolicies="Always"),
         lambda m: container(m)["resources"].update(limit={"nvidia.com/gpu": "1"}),
         lambda m: container(m)["env"][1]["valueFrom"]["secretKeyRef"].update(names="x"),
         lambda m: container(m)["livenessProbe"].update(periodSeconds="soon"),
     ],
 )
-def test_planted_mistakes_are_refused(cluster, plant):
+def test_planted_mistakes_in_a_cluster_are_refused(cluster, check, plant):
     wrong = copy.deepcopy(cluster)
     plant(wrong)
-    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+    with pytest.raises(REFUSED):
         check(wrong)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda m: m["spec"].update(submissionMode="K8sMode"),
+        lambda m: m["spec"].update(submissionMode=1),
+        lambda m: m["spec"].update(backoffLimit="0"),
+        lambda m: m["spec"].update(backoffLimit=1),
+        lambda m: m["spec"].update(entryPoint=m["spec"].pop("entrypoint")),
+        lambda m: m["spec"].update(entrypoint=["python", "-m", "pipelines.federate"]),
+        lambda m: m["spec"].update(entrypointNumCpus="1"),
+        lambda m: m["spec"].update(activeDeadlineSeconds=0),
+        lambda m: m["spec"].update(preRunningDeadlineSeconds=0),
+        lambda m: m["spec"].update(ttlSecondsAfterFinished=60),
+        lambda m: m["spec"].update(deletionStrategy={"onSuccess": {"policy": "DeleteAll"}}),
+        lambda m: m["spec"].pop("clusterSelector"),
+        lambda m: m["spec"]["clusterSelector"].update({"ray.io/cluster": 1}),
+        lambda m: m["spec"]["submitterConfig"].update(backoffLimits=0),
+        lambda m: m["spec"].update(rayClusterSpec={"rayVersion": "2.60.0"}),
+        lambda m: m["spec"]["submitterPodTemplate"]["spec"].update(restart="Never"),
+        lambda m: container(m).pop("name"),
+        lambda m: m.pop("metadata"),
+    ],
+)
+def test_planted_mistakes_in_a_job_are_refused(job, check, plant):
+    wrong = copy.deepcopy(job)
+    plant(wrong)
+    with pytest.raises(REFUSED):
+        check(wrong)
+
+
+def fields(value: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
+    """Where each field of a manifest is."""
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if isinstance(value, dict):
+            yield (*path, key)
+        yield from fields(one, *path, key)
+
+
+@pytest.mark.parametrize("which", ["cluster", "job"])
+def test_each_field_is_known_by_its_name_and_type(which, request, check):
+    manifest = request.getfixturevalue(which)
+    # `apiVersion` and `kind` choose the schema. Sites have the same fields: one of each is enough.
+    within = {key: manifest[key] for key in ("metadata", "spec")}
+    places = {tuple(key for key in path if isinstance(key, str)): path for path in fields(within)}
+    assert len(places) > 30
+    for *path, name in places.values():
+        misspelt, mistyped = copy.deepcopy(manifest), copy.deepcopy(manifest)
+        if not FREE & set(path[-1:]):
+            parent = at(misspelt, path)
+            parent[f"{name}Typo"] = parent.pop(name)
+            assert refused(check, misspelt), [*path, name]
+        parent = at(mistyped, path)
+        parent[name] = "text" if isinstance(parent[name], dict | list) else {"no": "such"}
+        assert refused(check, mistyped), [*path, name]
+
+
+def at(value: Any, path: list[str | int]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def refused(check, manifest: dict[str, Any]) -> bool:
+    try:
+        check(manifest)
+    except REFUSED:
+        return True
+    return False
 
 
 def announced(group):
