@@ -4,6 +4,8 @@ from typing import Literal
 
 import torch
 
+from fedsam_core.sam.casting import multiplies_bf16
+
 
 def pick_device() -> torch.device:
     """The GPU at hand where torch sees one, else the CPU. Ray's bookkeeping of (possibly fake) GPUs is not asked."""
@@ -28,5 +30,4 @@ def autocast_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.dev
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else None
+    return torch.bfloat16 if multiplies_bf16() else None

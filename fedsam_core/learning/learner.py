@@ -17,6 +17,7 @@ from fedsam_core.hashing import derive_seed
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.corrections import ControlVariate, Holes, Proximal
 from fedsam_core.learning.device import autocast_dtype
+from fedsam_core.learning.memory import keep_freed_memory
 from fedsam_core.learning.prefix import FrozenPrefix
 from fedsam_core.learning.schedule import learning_rate
 from fedsam_core.learning.steps import fit_steps
@@ -106,6 +107,8 @@ class Learner:
         self.device = device
         self.autocast = autocast_dtype(config.precision, device)
         self.segmenter.checkpointing = config.checkpointing
+        if device.type == "cpu":
+            keep_freed_memory()
         self.prefix = (
             FrozenPrefix(
                 self.segmenter, dataset, config.cache_views, int(config.cache_gib * 2**30), self.autocast, self.who
