@@ -121,7 +121,7 @@ def five_fold(segmenter: SamSegmenter, case: PreparedCase, size: int) -> Array:
     kept = []
     for middle in range(depth):
         block = squares[np.clip(np.arange(middle - 2, middle + 3), 0, depth - 1)]
-        logits = segmenter(torch.from_numpy(block)[:, None].expand(-1, 3, -1, -1).to(segmenter.input_scale.device))
+        logits = segmenter(torch.from_numpy(block)[:, None].expand(-1, 3, -1, -1).to(segmenter.device))
         kept.append(logits[2].softmax(dim=0).cpu().numpy())
     return from_square(np.stack(kept, axis=1), case.image.shape[1:], 1, pixel)
 

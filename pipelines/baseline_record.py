@@ -105,14 +105,13 @@ class Scorer:
 
     def _segment(self, case: Case) -> np.ndarray[Any, np.dtype[np.uint8]]:
         config = self.config
-        device = next(self.segmenter.parameters()).device
         return segment_scan(
             self.segmenter,
             self.prepared.load(case.id),
             config.slices,
             config.model.image_size,
             config.evaluation.batch_size,
-            autocast_dtype(config.learning.precision, device),
+            autocast_dtype(config.learning.precision, self.segmenter.device),
         )
 
 

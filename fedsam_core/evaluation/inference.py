@@ -97,7 +97,7 @@ def segment_scan(
     weights = resize(np.eye(total, dtype=np.float32)[:, :, None], (depth, total, 1), order=1)[:, :, 0]
     first, last = (weights != 0).argmax(axis=1), total - 1 - (weights[:, ::-1] != 0).argmax(axis=1)
     labels = np.empty((depth, height * width), dtype=np.uint8)
-    shares = torch.from_numpy(weights).to(_device_of(segmenter))
+    shares = torch.from_numpy(weights).to(segmenter.device)
     held, begin, done = shares.new_empty(segmenter.classes + 1, 0, height * width), 0, 0
     with _evaluating(segmenter, autocast):
         for part, batch in _batches(segmenter, case, slices, image_size, batch_size, autocast):
@@ -184,7 +184,7 @@ def _batches(
     """
     depth, height, width = case.image.shape
     pixel = case.spacing[1:]
-    device = _device_of(segmenter)
+    device = segmenter.device
     neighbors = windows(np.arange(depth)[:, None, None], np.arange(depth), case.spacing[0], slices)[..., 0, 0]
     # Square slices are float16, as they are in training; of them only those that a later batch still looks at are kept.
     squares, first, end = torch.empty(0, image_size, image_size, dtype=torch.float16, device=device), 0, 0
@@ -211,10 +211,6 @@ def _batches(
         if blank is not None:
             probabilities[:, ~which] = blank[:, None]
         yield part, from_square(probabilities, (height, width), 1, pixel)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 @contextmanager

@@ -134,7 +134,7 @@ class FrozenPrefix:
         return index, self._seeds[derive_seed(seed, "view", *self.dataset.name(index)) % self.views]
 
     def _make(self, keys: Sequence[Key]) -> dict[Key, _Entry]:
-        device = self.segmenter.input_scale.device
+        device = self.segmenter.device
         samples = [self.dataset.batch([index], seed=view, train=True, device=device) for index, view in keys]
         activations = self._encode(torch.cat([image for image, _ in samples])).cpu() if samples else ()
         return {
@@ -144,7 +144,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
-        device = self.segmenter.input_scale.device
+        device = self.segmenter.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             parts = torch.split(images.to(device), 1 if device.type == "cpu" else len(images))
             made = torch.cat([self.segmenter.begin(part, self.stages) for part in parts])

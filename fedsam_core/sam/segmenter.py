@@ -75,6 +75,11 @@ class SamSegmenter(nn.Module):
         self.register_buffer("input_scale", 255 / std, persistent=False)
         self.register_buffer("input_shift", -mean / std, persistent=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is, and where its images have to be."""
+        return self.input_scale.device
+
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], float in [0, 1], to logits [B, classes + 1, S, S]; channel 0 is background."""
         return self.decode(self.encode(images))
@@ -139,5 +144,5 @@ class SamSegmenter(nn.Module):
 
     def _positions(self) -> Tensor:
         """The grid's positional encoding [1, 256, g, g], in fp32: sines of large angles do not survive bf16."""
-        with torch.autocast(self.input_scale.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             return self.prompt_encoder.get_dense_pe()  # type: ignore[no-any-return]

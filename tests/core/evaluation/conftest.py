@@ -25,7 +25,7 @@ class GrayReader(torch.nn.Module):
 
     def __init__(self, classes: int, keep: bool = True) -> None:
         super().__init__()
-        self.classes = classes
+        self.classes, self.device = classes, torch.device("cpu")
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.part = torch.nn.Dropout(0.5)
         self.keep = keep
