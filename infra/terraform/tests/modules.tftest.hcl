@@ -1,4 +1,4 @@
-# Wrong inputs of single modules, refused with a reason.
+# Single modules: wrong inputs, refused with a reason, and the budget, which the server of tests/infra cannot hold.
 
 mock_provider "aws" {
   mock_data "aws_iam_policy_document" {
@@ -18,6 +18,16 @@ mock_provider "aws" {
   }
 }
 
+# See lab.tftest.hcl.
+provider "aws" {
+  alias                       = "secrets"
+  region                      = "eu-central-1"
+  access_key                  = "none"
+  secret_key                  = "none"
+  skip_credentials_validation = true
+  skip_requesting_account_id  = true
+  skip_metadata_api_check     = true
+}
 
 run "addresses_that_are_none" {
   command = plan
@@ -79,4 +89,57 @@ run "a_bucket_with_dots" {
   }
 
   expect_failures = [var.bucket]
+}
+
+run "the_budget_counts_the_clusters_tag_and_tells_at_80_and_100_percent" {
+  command = plan
+
+  module {
+    source = "../modules/base"
+  }
+
+  variables {
+    name               = "lab"
+    bucket             = "kidneys-consortium"
+    ami                = "ami-0123456789abcdef0"
+    alarm_email        = "ops@hospital.example"
+    monthly_budget_usd = 100
+    secrets            = { ray-token = "token" }
+    secrets_version    = null
+  }
+
+  assert {
+    condition     = [for one in aws_budgets_budget.month.cost_filter : [one.name, one.values]] == [["TagKeyValue", tolist([format("user:Fedsam$%s", "lab")])]]
+    error_message = "the budget counts something else"
+  }
+
+  assert {
+    condition     = { for one in aws_budgets_budget.month.notification : one.notification_type => one.threshold } == { ACTUAL = 80, FORECASTED = 100 }
+    error_message = "the budget tells at other percents"
+  }
+}
+
+run "idle_for_longer_than_cloudwatch_looks_back" {
+  command = plan
+
+  module {
+    source = "../modules/machine"
+  }
+
+  variables {
+    name                   = "lab"
+    id                     = "head"
+    role                   = "head"
+    image                  = "registry.example/fedsam:0.1.0"
+    ami                    = "ami-0123456789abcdef0"
+    instance_type          = "g5.xlarge"
+    subnet_id              = "subnet-1"
+    security_group         = "sg-1"
+    parameters             = { ray-token = "arn:aws:ssm:eu-central-1:123456789012:parameter/x" }
+    policy                 = "{}"
+    alarm_topic            = "arn:aws:sns:eu-central-1:123456789012:lab-alarms"
+    stop_when_idle_minutes = 1445
+  }
+
+  expect_failures = [var.stop_when_idle_minutes]
 }

@@ -88,7 +88,7 @@ resource "aws_budgets_budget" "month" {
 
   cost_filter {
     name   = "TagKeyValue"
-    values = ["user:Fedsam$${var.name}"]
+    values = [join("$", ["user:Fedsam", var.name])] # "$$" before a brace would be Terraform's escape: the name as it stands
   }
 
   dynamic "notification" {

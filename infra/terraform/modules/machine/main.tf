@@ -20,7 +20,7 @@ locals {
   )
 
   arn     = "arn:${data.aws_partition.here.partition}"
-  own_ecr = regexall("^([0-9]{12})\\.dkr\\.ecr\\.([a-z0-9-]+)\\.amazonaws\\.com/([^:@]+)", var.image)
+  own_ecr = regexall("^([0-9]{12})\\.dkr\\.ecr\\.([a-z0-9-]+)\\.amazonaws\\.com(?:\\.cn)?/([^:@]+)", var.image)
 }
 
 data "aws_iam_policy_document" "trust" {

@@ -100,8 +100,8 @@ variable "stop_when_idle_minutes" {
   default     = null
 
   validation {
-    condition     = var.stop_when_idle_minutes == null || try(var.stop_when_idle_minutes >= 15 && var.stop_when_idle_minutes % 5 == 0, false)
-    error_message = "stop_when_idle_minutes: 15 or more, a multiple of 5."
+    condition     = var.stop_when_idle_minutes == null || try(var.stop_when_idle_minutes >= 15 && var.stop_when_idle_minutes <= 1440 && var.stop_when_idle_minutes % 5 == 0, false)
+    error_message = "stop_when_idle_minutes: 15 to 1440 (CloudWatch looks back a day at most), a multiple of 5."
   }
 }
 

@@ -59,7 +59,10 @@ chown -R "$user" "$DATA_DIR/fedsam" "$DATA_DIR/scans" "$folder"
 
 registry=${IMAGE%%/*}
 case "$registry" in
-  *.dkr.ecr.*) aws ecr get-login-password --region "$REGION" | docker login --username AWS --password-stdin "$registry" ;;
+  *.dkr.ecr.*) # a login is of one region: the registry's, which need not be the machine's
+    home=${registry#*.dkr.ecr.}
+    aws ecr get-login-password --region "${home%%.*}" | docker login --username AWS --password-stdin "$registry"
+    ;;
 esac
 patiently docker pull --quiet "$IMAGE"
 
