@@ -9,11 +9,6 @@ provider "aws" {
   }
 }
 
-locals {
-  # Sites share the GPUs; where there are enough, each has its own.
-  share = var.gpus == 0 ? 0 : var.gpus >= length(var.sites) ? 1 : floor(100 / ceil(length(var.sites) / var.gpus)) / 100
-}
-
 provider "aws" {
   alias  = "secrets"
   region = var.region
@@ -36,6 +31,7 @@ module "network" {
   name   = var.name
   cidr   = var.cidr
   zones  = [var.zone]
+  kinds  = ["head"]
 }
 
 module "head" {

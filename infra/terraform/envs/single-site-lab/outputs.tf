@@ -19,7 +19,7 @@ output "submit" {
     ["RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN=\"$(aws ssm get-parameter --region ${var.region} --with-decryption --name ${module.base.secrets["ray-token"].name} --query Parameter.Value --output text)\""],
     ["fedsam", "submit", "federate", "--address", "http://127.0.0.1:8265", "--config", var.config],
     ["work_dir=${var.data_dir}/fedsam", "storage.prepared=s3://${var.bucket}/cohorts", "storage.results=s3://${var.bucket}/results"],
-    ["tracking.uri=http://127.0.0.1:5000", "engine.site.gpus=${local.share}"],
+    ["tracking.uri=http://127.0.0.1:5000"],
     [for override in var.overrides : "'${replace(override, "'", "'\\''")}'"],
   ))
 }

@@ -51,6 +51,11 @@ variable "gpus" {
   description = "GPUs that the machine must have"
   type        = number
   default     = 1
+
+  validation {
+    condition     = var.gpus >= 0 && var.gpus <= 16 && floor(var.gpus) == var.gpus
+    error_message = "gpus: a whole number from 0 to 16."
+  }
 }
 
 variable "sites" {
@@ -73,6 +78,11 @@ variable "disk_gb" {
   description = "Encrypted disk, GB"
   type        = number
   default     = 200
+
+  validation {
+    condition     = var.disk_gb >= 50
+    error_message = "disk_gb: 50 or more."
+  }
 }
 
 variable "data_dir" {

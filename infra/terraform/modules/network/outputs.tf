@@ -5,7 +5,7 @@ output "subnets" {
 }
 
 output "groups" {
-  description = "Security groups: head, site, tracking, database"
+  description = "Security group of each of `kinds`"
   value       = { for kind, group in aws_security_group.this : kind => group.id }
 }
 

@@ -3,17 +3,19 @@
 # loopback and is reached through a Systems Manager session.
 
 locals {
-  groups = {
+  # EC2 refuses an apostrophe in a description, which no plan finds out.
+  descriptions = {
     head     = "The Ray head: the driver and the jobs API"
-    site     = "The sites' machines"
+    site     = "Machines of the sites"
     tracking = "The MLflow server"
-    database = "MLflow's PostgreSQL"
+    database = "PostgreSQL of MLflow"
   }
+  groups = { for kind in var.kinds : kind => local.descriptions[kind] }
 
   # Ray's nodes speak to each other directly: objects, and requests for workers. infra/image/entrypoint.sh pins the
   # ports to this range.
   ray = { from = 20000, to = 20999 }
-  allowed = {
+  ways = {
     site-head-gcs        = { source = "site", target = "head", from = 6379, to = 6379 }
     site-head-ray        = merge({ source = "site", target = "head" }, local.ray)
     head-site-ray        = merge({ source = "head", target = "site" }, local.ray)
@@ -21,6 +23,7 @@ locals {
     head-tracking        = { source = "head", target = "tracking", from = 5000, to = 5000 }
     tracking-to-database = { source = "tracking", target = "database", from = 5432, to = 5432 }
   }
+  allowed = { for name, way in local.ways : name => way if length(setsubtract([way.source, way.target], var.kinds)) == 0 }
 }
 
 resource "aws_security_group" "this" {
@@ -54,7 +57,7 @@ resource "aws_vpc_security_group_egress_rule" "allowed" {
 
 # AWS's own services and the registry of images; the database goes nowhere.
 resource "aws_vpc_security_group_egress_rule" "https" {
-  for_each          = toset(["head", "site", "tracking"])
+  for_each          = setsubtract(var.kinds, ["database"])
   description       = "AWS services and the image registry"
   security_group_id = aws_security_group.this[each.key].id
   cidr_ipv4         = "0.0.0.0/0"

@@ -22,3 +22,14 @@ variable "zones" {
     error_message = "zones: one to eight availability zones, each once."
   }
 }
+
+variable "kinds" {
+  description = "Kinds of machines that there are: no port is opened for others"
+  type        = set(string)
+  default     = ["head", "site", "tracking", "database"]
+
+  validation {
+    condition     = length(setsubtract(var.kinds, ["head", "site", "tracking", "database"])) == 0
+    error_message = "kinds: of head, site, tracking and database."
+  }
+}
