@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,41 +106,67 @@ class Applied:
     given: dict[str, Any]
     outputs: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        return self.given["name"]
+
 
 @pytest.fixture(scope="session")
-def consortium(storage: Terraform, on_moto: Path, plugin_dir: Path, aws: Aws) -> Iterator[Applied]:
-    """The consortium's root, applied once for all tests that look at it; test_destroy.py ends it."""
-    terraform = Terraform(on_moto, "envs/consortium", plugin_dir, aws.environment)
-    terraform.init()
-    data = Path(tempfile.mkdtemp(prefix="fi-", dir="/tmp"))  # Ray's socket paths lie in here and must be short
-    given = {
-        "region": REGION,
-        "zones": [f"{REGION}a", f"{REGION}b"],
-        "name": "kidneys",
-        "bucket": BUCKET,
-        "image": f"123456789012.dkr.ecr.{REGION}.amazonaws.com/fedsam:0.1.0",
-        "ami": aws.client("ec2").describe_images(Owners=["amazon"])["Images"][0]["ImageId"],
-        "alarm_email": "ops@hospital.example",
-        "monthly_budget_usd": 500,
-        "data_dir": str(data),
-        "overrides": [
-            "federation.rounds=1",
-            "learning.local_steps=1",
-            "model.image_size=32",
-            "cohort.phantom.shape=[16, 48, 48]",
-            "cohort.phantom.cases_per_site=4",
-            "cohort.phantom.test_per_site=1",
-        ],
-        "sites": {
-            "site-a": {},
-            "site-b": {"spot": True, "instance_type": "g6.xlarge"},
-            "site-c": {"zone": f"{REGION}b", "prefix": "hospitals/c", "gpus": 4, "instance_type": "g5.12xlarge"},
-        },
+def apply(storage: Terraform, on_moto: Path, plugin_dir: Path, aws: Aws) -> Iterator[Callable[..., Applied]]:
+    """Applies a cluster's root beside the storage's; what it makes at the server, test_destroy.py ends."""
+    folders = []
+
+    def applied(root: str, **given: Any) -> Applied:
+        terraform = Terraform(on_moto, f"envs/{root}", plugin_dir, aws.environment)
+        terraform.init()
+        folders.append(tempfile.mkdtemp(prefix="fi-", dir="/tmp"))  # Ray's socket paths lie in here and must be short
+        given = {
+            "region": REGION,
+            "bucket": BUCKET,
+            # Its registry is in another region than its machines.
+            "image": "123456789012.dkr.ecr.eu-west-1.amazonaws.com/fedsam:0.1.0",
+            "ami": aws.client("ec2").describe_images(Owners=["amazon"])["Images"][0]["ImageId"],
+            "alarm_email": "ops@hospital.example",
+            "monthly_budget_usd": 500,
+            "data_dir": folders[-1],
+            "overrides": [
+                "federation.rounds=1",
+                "learning.local_steps=1",
+                "model.image_size=32",
+                "cohort.phantom.shape=[16, 48, 48]",
+                "cohort.phantom.cases_per_site=4",
+                "cohort.phantom.test_per_site=1",
+            ],
+            **given,
+        }
+        return Applied(terraform, given, terraform.apply(given))
+
+    yield applied
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def consortium(apply: Callable[..., Applied]) -> Applied:
+    """The consortium's root, applied once for all tests that look at it."""
+    sites = {
+        "site-a": {},
+        "site-b": {"spot": True, "instance_type": "g6.xlarge"},
+        "site-c": {"zone": f"{REGION}b", "prefix": "hospitals/c", "gpus": 4, "instance_type": "g5.12xlarge"},
     }
-    try:
-        yield Applied(terraform, given, terraform.apply(given))
-    finally:
-        shutil.rmtree(data, ignore_errors=True)
+    return apply("consortium", name="kidneys", zones=[f"{REGION}a", f"{REGION}b"], sites=sites)
+
+
+@pytest.fixture(scope="session")
+def lab(apply: Callable[..., Applied]) -> Applied:
+    """The laboratory's root, in the same account and beside the same bucket: three sites and one GPU."""
+    return apply("single-site-lab", name="lab", zone=f"{REGION}a", cidr="10.30.0.0/16")
+
+
+@pytest.fixture(params=["consortium", "lab"])
+def cluster(request: pytest.FixtureRequest) -> Applied:
+    """Each of the two. Not of the session's scope: pytest would then put a cluster's end before the other's tests."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -37,19 +37,17 @@ def test_the_bucket_is_versioned_encrypted_closed_and_tidied(storage, aws):
     assert {one["Status"] for one in rules.values()} == {"Enabled"}
 
 
-def groups(aws):
-    """The cluster's security groups: id to kind."""
+def groups(aws, name):
+    """A cluster's security groups: id to kind."""
+    (network,) = aws.client("ec2").describe_vpcs(Filters=[{"Name": "tag:Name", "Values": [name]}])["Vpcs"]
     found = aws.client("ec2").describe_security_groups()["SecurityGroups"]
-    return {one["GroupId"]: one["GroupName"].removeprefix("kidneys-") for one in found if one["VpcId"] == vpc(aws)}
+    return {
+        one["GroupId"]: one["GroupName"].removeprefix(f"{name}-") for one in found if one["VpcId"] == network["VpcId"]
+    }
 
 
-def vpc(aws):
-    found = aws.client("ec2").describe_vpcs(Filters=[{"Name": "tag:Name", "Values": ["kidneys"]}])["Vpcs"]
-    return found[0]["VpcId"]
-
-
-def test_ports_are_open_between_those_groups_only_that_need_them(consortium, aws):
-    kinds = groups(aws)
+def test_ports_are_open_between_those_groups_only_that_need_them(cluster, aws):
+    kinds = groups(aws, cluster.name)
     rules = aws.client("ec2").describe_security_group_rules()["SecurityGroupRules"]
     ways = {True: set(), False: set()}
     for rule in rules:
@@ -58,22 +56,38 @@ def test_ports_are_open_between_those_groups_only_that_need_them(consortium, aws
             other = kinds[peer] if peer else rule["CidrIpv4"]
             ways[rule["IsEgress"]].add((kinds[rule["GroupId"]], other, rule["FromPort"], rule["ToPort"]))
     between = {
-        ("site", "head", 6379, 6379),
-        ("site", "head", 20000, 20999),
-        ("head", "site", 20000, 20999),
-        ("site", "site", 20000, 20999),
-        ("head", "tracking", 5000, 5000),
-        ("tracking", "database", 5432, 5432),
-    }
+        "kidneys": {
+            ("site", "head", 6379, 6379),
+            ("site", "head", 20000, 20999),
+            ("head", "site", 20000, 20999),
+            ("site", "site", 20000, 20999),
+            ("head", "tracking", 5000, 5000),
+            ("tracking", "database", 5432, 5432),
+        },
+        "lab": set(),  # no way in at all
+    }[cluster.name]
     assert ways[False] == {(target, source, first, last) for source, target, first, last in between}
-    out = {(kind, "0.0.0.0/0", 443, 443) for kind in ("head", "site", "tracking")}
+    out = {(kind, "0.0.0.0/0", 443, 443) for kind in kinds.values() if kind not in ("default", "database")}
     assert {way for way in ways[True] if way[0] != "default"} == between | out
 
 
-def test_machines_have_no_public_address_ask_for_imdsv2_and_have_encrypted_disks(consortium, aws):
-    found = aws.machines()
-    assert sorted(found) == ["head", *(f"site-{site}" for site in SITES), "tracking"]
-    kinds = groups(aws)
+def test_firewalls_are_described_in_letters_that_amazon_takes(cluster, aws):
+    """EC2 refuses others (an apostrophe), of which neither a plan nor moto knows."""
+    kinds, ec2 = groups(aws, cluster.name), aws.client("ec2")
+    found = [one for one in ec2.describe_security_groups()["SecurityGroups"] if one["GroupId"] in kinds]
+    found += [one for one in ec2.describe_security_group_rules()["SecurityGroupRules"] if one["GroupId"] in kinds]
+    assert len(found) >= {"kidneys": 5 + 2 * 6 + 3, "lab": 2 + 1}[cluster.name]
+    for one in found:
+        assert re.fullmatch(r"[a-zA-Z0-9. _\-:/()#,@\[\]+=&;{}!$*]{0,255}", one.get("Description", ""))
+
+
+MACHINES = {"kidneys": ["head", *(f"site-{site}" for site in SITES), "tracking"], "lab": ["head"]}
+
+
+def test_machines_have_no_public_address_ask_for_imdsv2_and_have_encrypted_disks(cluster, aws):
+    found = aws.machines(cluster.name)
+    assert sorted(found) == MACHINES[cluster.name]
+    kinds = groups(aws, cluster.name)
     for name, machine in found.items():
         assert machine["MetadataOptions"]["HttpTokens"] == "required"
         assert machine["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
@@ -83,25 +97,35 @@ def test_machines_have_no_public_address_ask_for_imdsv2_and_have_encrypted_disks
         for disk in machine["BlockDeviceMappings"]:
             (volume,) = aws.client("ec2").describe_volumes(VolumeIds=[disk["Ebs"]["VolumeId"]])["Volumes"]
             assert volume["Encrypted"] is True
-    assert {name: found[name]["PrivateIpAddress"] for name in ("head", "tracking")} == {
-        "head": "10.20.0.10",
-        "tracking": "10.20.0.11",
-    }
-    assert found["site-site-c"]["Placement"]["AvailabilityZone"] == f"{REGION}b"
-    assert found["site-site-c"]["InstanceType"] == "g5.12xlarge"
+            tags = {tag["Key"]: tag["Value"] for tag in volume["Tags"]}
+            assert tags == {
+                "Name": f"{cluster.name}-{name}",
+                "Project": "fedsam",
+                "Fedsam": cluster.name,
+            }  # the budget's
+    addresses = {"kidneys": {"head": "10.20.0.10", "tracking": "10.20.0.11"}, "lab": {"head": "10.30.0.10"}}
+    for name, address in addresses[cluster.name].items():
+        assert found[name]["PrivateIpAddress"] == address
+    if cluster.name == "kidneys":
+        assert found["site-site-c"]["Placement"]["AvailabilityZone"] == f"{REGION}b"
+        assert found["site-site-c"]["InstanceType"] == "g5.12xlarge"
 
 
-def test_secrets_are_in_parameter_store_and_nowhere_else(consortium, aws):
+def test_secrets_are_in_parameter_store_and_nowhere_else(cluster, aws):
     ssm = aws.client("ssm")
+    names = {"kidneys": ["mlflow-password", "ray-token"], "lab": ["ray-token"]}[cluster.name]
+    there = {one["Name"] for one in ssm.describe_parameters()["Parameters"]}
+    folder = f"/fedsam/{cluster.name}/"
+    assert {name for name in there if name.startswith(folder)} == {folder + name for name in names}
     values = {}
-    for name in ("ray-token", "mlflow-password"):
-        parameter = ssm.get_parameter(Name=f"/fedsam/kidneys/{name}", WithDecryption=True)["Parameter"]
+    for name in names:
+        parameter = ssm.get_parameter(Name=folder + name, WithDecryption=True)["Parameter"]
         assert parameter["Type"] == "SecureString"
         assert re.fullmatch(r"[A-Za-z0-9]{48}", parameter["Value"])
         values[name] = parameter["Value"]
-    assert len(set(values.values())) == 2
-    texts = [(consortium.terraform.folder / "terraform.tfstate").read_text(), json.dumps(consortium.outputs)]
-    texts += [aws.user_data(machine) for machine in aws.machines().values()]
+    assert len(set(values.values())) == len(names)
+    texts = [(cluster.terraform.folder / "terraform.tfstate").read_text(), json.dumps(cluster.outputs)]
+    texts += [aws.user_data(machine) for machine in aws.machines(cluster.name).values()]
     assert not [text for text in texts for value in values.values() if value in text]
 
 
@@ -127,32 +151,58 @@ def may(aws, role, action, resource):
     )
 
 
-def readers(aws, key):
+def readers(aws, name, key):
     roles = [role["RoleName"] for role in aws.client("iam").list_roles()["Roles"]]
-    mine = [role for role in roles if role.startswith("kidneys-")]
-    assert len(mine) == 5
+    mine = [role for role in roles if role.startswith(f"{name}-")]
+    assert len(mine) == len(MACHINES[name])
     return {
-        role.removeprefix("kidneys-") for role in mine if may(aws, role, "s3:GetObject", f"arn:aws:s3:::{BUCKET}/{key}")
+        role.removeprefix(f"{name}-") for role in mine if may(aws, role, "s3:GetObject", f"arn:aws:s3:::{BUCKET}/{key}")
     }
 
 
 @pytest.mark.parametrize(
-    ("key", "who"),
+    ("key", "who", "in_the_lab"),
     [
-        ("cohorts/kits-1a2b/site-a/cases/1.safetensors", {"site-site-a"}),
-        ("cohorts/kits-1a2b/site-c/cases/1.safetensors", {"site-site-c"}),
-        ("cohorts/kits-1a2b/site-a/cohort.json", {"site-site-a", "head"}),
-        ("sites/site-a/scans/1.nii.gz", {"site-site-a"}),
-        ("hospitals/c/scans/1.nii.gz", {"site-site-c"}),
-        ("hospitals/cc/scans/1.nii.gz", set()),
-        ("sites/site-ab/scans/1.nii.gz", set()),
-        ("results/runs/r/rounds/000000/commit.json", {"head"}),
-        ("mlflow/1/artifacts/page.html", {"head", "tracking"}),
-        ("something-else", set()),
+        ("cohorts/kits-1a2b/site-a/cases/1.safetensors", {"site-site-a"}, True),
+        ("cohorts/kits-1a2b/site-c/cases/1.safetensors", {"site-site-c"}, True),
+        ("cohorts/kits-1a2b/site-z/cases/1.safetensors", set(), False),
+        ("cohorts/kits-1a2b/site-a/cohort.json", {"site-site-a", "head"}, True),
+        ("cohorts/kits-1a2b/site-z/cohort.json", {"head"}, True),
+        ("sites/site-a/scans/1.nii.gz", {"site-site-a"}, False),
+        ("hospitals/c/scans/1.nii.gz", {"site-site-c"}, False),
+        ("hospitals/cc/scans/1.nii.gz", set(), False),
+        ("sites/site-ab/scans/1.nii.gz", set(), False),
+        ("results/runs/r/rounds/000000/commit.json", {"head"}, True),
+        ("mlflow/1/artifacts/page.html", {"head", "tracking"}, True),
+        ("something-else", set(), False),
     ],
 )
-def test_an_object_is_read_by_whom_it_belongs_to(consortium, aws, key, who):
-    assert readers(aws, key) == who
+def test_an_object_is_read_by_whom_it_belongs_to(consortium, lab, aws, key, who, in_the_lab):
+    assert readers(aws, consortium.name, key) == who
+    assert readers(aws, lab.name, key) == ({"head"} if in_the_lab else set())
+
+
+def test_no_role_reaches_beyond_the_bucket_its_key_its_secrets_and_its_image(cluster, aws):
+    key = aws.client("kms").describe_key(KeyId=f"alias/fedsam-{BUCKET}")["KeyMetadata"]["Arn"]
+    of_service = {
+        "s3": rf"arn:aws:s3:::{BUCKET}(/.+)?",
+        "kms": re.escape(key),
+        "ssm": rf"arn:aws:ssm:{REGION}:123456789012:parameter/fedsam/{cluster.name}/[a-z-]+",
+        "ecr": "arn:aws:ecr:eu-west-1:123456789012:repository/fedsam",
+        "secretsmanager": r"arn:aws:secretsmanager:[^*]+",
+    }
+    # These know no resource.
+    anywhere = {"ssm:UpdateInstanceInformation", "ecr:GetAuthorizationToken"}
+    for machine in MACHINES[cluster.name]:
+        allowed = list(statements(aws, f"{cluster.name}-{machine}"))
+        assert len(allowed) >= 6
+        for actions, resources, _ in allowed:
+            for action in actions:
+                assert "*" not in action
+                if action in anywhere or action.startswith("ssmmessages:"):
+                    assert resources == ["*"]
+                else:
+                    assert all(re.fullmatch(of_service[action.partition(":")[0]], one) for one in resources)
 
 
 def test_a_site_lists_its_own_names_only_and_reads_the_token_only(consortium, aws):
@@ -168,18 +218,30 @@ def test_a_site_lists_its_own_names_only_and_reads_the_token_only(consortium, aw
     assert may(aws, "kidneys-tracking", "ssm:GetParameter", f"{parameter}mlflow-password")
 
 
-def test_idle_sites_are_stopped_and_somebody_is_told(consortium, aws):
-    alarms = {one["AlarmName"]: one for one in aws.client("cloudwatch").describe_alarms()["MetricAlarms"]}
-    assert {name for name in alarms if name.endswith("-idle")} == {f"kidneys-site-{site}-idle" for site in SITES}
-    assert len([name for name in alarms if name.endswith("-sick")]) == 5
-    (topic,) = aws.client("sns").list_topics()["Topics"]
+def test_idle_machines_are_stopped_and_somebody_is_told(cluster, aws):
+    found = aws.client("cloudwatch").describe_alarms()["MetricAlarms"]
+    alarms = {one["AlarmName"]: one for one in found if one["AlarmName"].startswith(f"{cluster.name}-")}
+    ids = {name: machine["InstanceId"] for name, machine in aws.machines(cluster.name).items()}
+    stopped = {"kidneys": [f"site-{site}" for site in SITES], "lab": ["head"]}[cluster.name]
+    assert set(alarms) == {f"{cluster.name}-{one}-idle" for one in stopped} | {
+        f"{cluster.name}-{one}-sick" for one in ids
+    }
+    topics = [one["TopicArn"] for one in aws.client("sns").list_topics()["Topics"]]
+    (topic,) = [one for one in topics if one.endswith(f":{cluster.name}-alarms")]
     for name, alarm in alarms.items():
-        stop = [f"arn:aws:automate:{REGION}:ec2:stop"] if name.endswith("-idle") else []
-        assert sorted(alarm["AlarmActions"]) == sorted([*stop, topic["TopicArn"]])
-    idle = alarms["kidneys-site-site-a-idle"]
-    assert (idle["EvaluationPeriods"] * idle["Period"], idle["ComparisonOperator"]) == (3600, "LessThanThreshold")
-    (mail,) = aws.client("sns").list_subscriptions()["Subscriptions"]
+        machine, _, kind = name.removeprefix(f"{cluster.name}-").rpartition("-")
+        stop = [f"arn:aws:automate:{REGION}:ec2:stop"] if kind == "idle" else []
+        assert sorted(alarm["AlarmActions"]) == sorted([*stop, topic])
+        assert alarm["Dimensions"] == [{"Name": "InstanceId", "Value": ids[machine]}]
+        if kind == "idle":
+            assert alarm["EvaluationPeriods"] * alarm["Period"] == 3600
+            assert (alarm["MetricName"], alarm["ComparisonOperator"]) == ("CPUUtilization", "LessThanThreshold")
+    (mail,) = aws.client("sns").list_subscriptions_by_topic(TopicArn=topic)["Subscriptions"]
     assert (mail["Protocol"], mail["Endpoint"]) == ("email", "ops@hospital.example")
+    encryption = aws.client("sns").get_topic_attributes(TopicArn=topic)["Attributes"]["KmsMasterKeyId"]
+    policy = json.loads(aws.client("kms").get_key_policy(KeyId=encryption, PolicyName="default")["Policy"])
+    (services,) = [one["Principal"]["Service"] for one in policy["Statement"] if "Service" in one["Principal"]]
+    assert sorted(services) == ["budgets.amazonaws.com", "cloudwatch.amazonaws.com"]  # else they could not publish
 
 
 def test_mlflows_database_is_encrypted_and_private_and_its_password_is_secrets_managers(consortium, aws):
@@ -192,11 +254,11 @@ def test_mlflows_database_is_encrypted_and_private_and_its_password_is_secrets_m
     secret = database["MasterUserSecret"]["SecretArn"]
     assert may(aws, "kidneys-tracking", "secretsmanager:GetSecretValue", secret)
     assert not may(aws, "kidneys-head", "secretsmanager:GetSecretValue", secret)
-    assert f"DATABASE_SECRET='{secret}'" in aws.user_data(aws.machines()["tracking"])
+    assert f"DATABASE_SECRET='{secret}'" in aws.user_data(aws.machines("kidneys")["tracking"])
 
 
-def test_first_boot_scripts_pass_shellcheck_as_rendered(consortium, aws, tmp_path):
-    for name, machine in aws.machines().items():
+def test_first_boot_scripts_pass_shellcheck_as_rendered(cluster, aws, tmp_path):
+    for name, machine in aws.machines(cluster.name).items():
         text = aws.user_data(machine)
         assert len(text.encode()) < 16384  # EC2 takes no more
         (tmp_path / name).write_text(text)
@@ -204,17 +266,50 @@ def test_first_boot_scripts_pass_shellcheck_as_rendered(consortium, aws, tmp_pat
         assert done.returncode == 0, done.stdout
 
 
-def test_commands_that_are_printed_name_what_is_there(consortium, aws):
-    outputs, found = consortium.outputs, aws.machines()
-    for output, machine, port in (("tunnel", "head", "8265"), ("tracking_tunnel", "tracking", "5000")):
+def test_the_laboratorys_machine_becomes_the_node_of_all_its_sites(lab, aws):
+    (machine,) = aws.machines("lab").values()
+    assert machine["InstanceType"] == "g5.xlarge"
+    lines = re.findall(r"^export ([A-Z_]+)='(.*)'$", aws.user_data(machine), re.M)
+    assert dict(lines) == {
+        "ROLE": "head",
+        "IMAGE": lab.given["image"],
+        "GPU_COUNT": "1",
+        "REGION": REGION,
+        "DATA_DIR": lab.given["data_dir"],
+        "SECRETS": f"ray-token=arn:aws:ssm:{REGION}:123456789012:parameter/fedsam/lab/ray-token",
+        "SITES": "site-a,site-b,site-c",
+        "TRACKING_HERE": "true",
+    }
+
+
+def test_commands_that_are_printed_name_what_is_there(cluster, aws):
+    outputs, found = cluster.outputs, aws.machines(cluster.name)
+    tracking = {"kidneys": "tracking", "lab": "head"}[cluster.name]
+    for output, machine, port in (("tunnel", "head", "8265"), ("tracking_tunnel", tracking, "5000")):
         words = shlex.split(outputs[output])
         assert words[:3] == ["aws", "ssm", "start-session"]
         assert words[words.index("--target") + 1] == found[machine]["InstanceId"]
         ports = json.loads(words[words.index("--parameters") + 1])
         assert ports == {"portNumber": [port], "localPortNumber": [port]}
-    assert outputs["tracking_uri"] == "http://10.20.0.11:5000"
+    stopped = {"kidneys": [f"site-{site}" for site in SITES], "lab": ["head"]}[cluster.name]
     assert {word for word in outputs["wake"].split() if word.startswith("i-")} == {
-        found[f"site-{site}"]["InstanceId"] for site in SITES
+        found[machine]["InstanceId"] for machine in stopped
     }
-    assert outputs["upload"]["site-c"].endswith(f" s3://{BUCKET}/hospitals/c/scans/")
     assert outputs["bucket"] == BUCKET
+    mlflow = {"kidneys": "http://10.20.0.11:5000", "lab": "http://127.0.0.1:5000"}[cluster.name]
+    words = shlex.split(outputs["submit"])
+    submit = words.index("fedsam")
+    assert words[submit : submit + 7] == [
+        *("fedsam", "submit", "federate", "--address", "http://127.0.0.1:8265", "--config", "demo")
+    ]
+    # How sites share GPUs is not said: the placement knows.
+    assert words[submit + 7 :] == [
+        f"work_dir={cluster.given['data_dir']}/fedsam",
+        f"storage.prepared=s3://{BUCKET}/cohorts",
+        f"storage.results=s3://{BUCKET}/results",
+        f"tracking.uri={mlflow}",
+        *cluster.given["overrides"],
+    ]
+    if cluster.name == "kidneys":
+        assert outputs["tracking_uri"] == mlflow
+        assert outputs["upload"]["site-c"].endswith(f" s3://{BUCKET}/hospitals/c/scans/")

@@ -31,14 +31,14 @@ class Aws:
         options = {"aws_access_key_id": "test", "aws_secret_access_key": "test", **options}
         return boto3.client(service, endpoint_url=self.endpoint, region_name=REGION, **options)
 
-    def machines(self) -> dict[str, Any]:
-        """The living machines of the cluster `kidneys` by name: head, site-ID, tracking."""
+    def machines(self, cluster: str) -> dict[str, Any]:
+        """The living machines of a cluster by name: head, site-ID, tracking."""
         found = {}
         for reservation in self.client("ec2").describe_instances()["Reservations"]:
             for one in reservation["Instances"]:
                 tags = {tag["Key"]: tag["Value"] for tag in one["Tags"]}
-                if tags.get("Fedsam") == "kidneys" and one["State"]["Name"] != "terminated":
-                    found[tags["Name"].removeprefix("kidneys-")] = one
+                if tags.get("Fedsam") == cluster and one["State"]["Name"] != "terminated":
+                    found[tags["Name"].removeprefix(f"{cluster}-")] = one
         return found
 
     def user_data(self, machine: dict[str, Any]) -> str:
