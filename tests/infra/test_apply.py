@@ -174,6 +174,8 @@ def readers(aws, name, key):
         ("sites/site-ab/scans/1.nii.gz", set(), False),
         ("results/runs/r/rounds/000000/commit.json", {"head"}, True),
         ("mlflow/1/artifacts/page.html", {"head", "tracking"}, True),
+        ("laboratories/lab/scans/1.nii.gz", set(), True),
+        ("laboratories/lab2/scans/1.nii.gz", set(), False),
         ("something-else", set(), False),
     ],
 )
@@ -279,6 +281,7 @@ def test_the_laboratorys_machine_becomes_the_node_of_all_its_sites(lab, aws):
         "SECRETS": f"ray-token=arn:aws:ssm:{REGION}:123456789012:parameter/fedsam/lab/ray-token",
         "SITES": "site-a,site-b,site-c",
         "TRACKING_HERE": "true",
+        "SCANS_URL": f"s3://{BUCKET}/laboratories/lab/scans/",
     }
 
 
@@ -313,3 +316,5 @@ def test_commands_that_are_printed_name_what_is_there(cluster, aws):
     if cluster.name == "kidneys":
         assert outputs["tracking_uri"] == mlflow
         assert outputs["upload"]["site-c"].endswith(f" s3://{BUCKET}/hospitals/c/scans/")
+    else:
+        assert outputs["upload"].endswith(f" s3://{BUCKET}/laboratories/lab/scans/")

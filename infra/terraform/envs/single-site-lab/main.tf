@@ -9,6 +9,10 @@ provider "aws" {
   }
 }
 
+locals {
+  prefix = "laboratories/${var.name}"
+}
+
 provider "aws" {
   alias  = "secrets"
   region = var.region
@@ -43,6 +47,7 @@ module "head" {
   gpus                   = var.gpus
   sites                  = var.sites
   tracking_here          = true
+  prefix                 = local.prefix
   subnet                 = module.network.subnets[var.zone]
   security_group         = module.network.groups["head"]
   bucket                 = var.bucket

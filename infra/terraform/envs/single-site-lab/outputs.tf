@@ -3,6 +3,11 @@ output "bucket" {
   value       = var.bucket
 }
 
+output "upload" {
+  description = "Brings the scans of all sites into the laboratory's own part of the bucket; the machine has them some minutes later, in `data_dir`/scans"
+  value       = "aws s3 sync --region ${var.region} FOLDER s3://${var.bucket}/${local.prefix}/scans/"
+}
+
 output "tunnel" {
   description = "Leave it open: the cluster's jobs API and dashboard are then at http://127.0.0.1:8265"
   value       = "aws ssm start-session --region ${var.region} --target ${module.head.instance_id} --document-name AWS-StartPortForwardingSession --parameters '{\"portNumber\":[\"8265\"],\"localPortNumber\":[\"8265\"]}'"

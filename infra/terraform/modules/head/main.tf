@@ -21,6 +21,7 @@ data "aws_iam_policy_document" "data" {
     resources = concat(
       ["${local.objects}/results/*", "${local.objects}/mlflow/*", "${local.objects}/cohorts/*/.fedsam-check-*"],
       [for site in var.sites : "${local.objects}/cohorts/*/${site}/*"],
+      var.prefix == null ? [] : ["${local.objects}/${var.prefix}/*"],
     )
   }
 
@@ -59,5 +60,6 @@ module "machine" {
   settings = merge(
     { SITES = join(",", var.sites) },
     var.tracking_here ? { TRACKING_HERE = "true" } : {},
+    var.prefix == null ? {} : { SCANS_URL = "s3://${var.bucket}/${var.prefix}/scans/" },
   )
 }

@@ -56,6 +56,12 @@ variable "key_arn" {
   type        = string
 }
 
+variable "prefix" {
+  description = "Of a lab: its own part of the bucket; scans are uploaded to PREFIX/scans/. null: there are none here"
+  type        = string
+  default     = null
+}
+
 variable "parameters" {
   description = "ARNs of the secrets `ray-token` and, where MLflow asks for a login, `mlflow-password`"
   type        = map(string)
