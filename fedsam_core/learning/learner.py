@@ -150,7 +150,7 @@ class Learner:
         self.segmenter.train()
         if self.prefix is not None:
             self.prefix.open(derive_seed(seed, "views", self.site))
-        with self._trained(assignment.kinds) as trained, frozen_in(self.segmenter, self.autocast):
+        with self._trained(assignment.kinds) as trained, frozen_in(self.segmenter, self.autocast, pack=True):
             parameters = [parameter for _, parameter in trained]
             optimizer = self._optimizer(trained, assignment)
             corrections = self._corrections(trained, assignment)

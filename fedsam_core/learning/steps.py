@@ -7,8 +7,9 @@ the step. Only the Dice loss differs, as each process takes it over its own part
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,26 +99,27 @@ def fit_steps(
         losses.append(float(unread[0]))
 
     parts = [indices[rank::count] for indices in batches]
-    ahead = _prefetched(samples, parts, seed, device)
-    for step, (indices, rate, (inputs, labels)) in enumerate(zip(batches, rates, ahead, strict=True)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        share = len(parts[step]) / len(indices)
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            logits = model(inputs)
-        loss = loss_of(logits.float(), labels[:, None])
-        loss.backward()
-        if count > 1:
-            average_gradients(parameters, share)
-        for correction in corrections:
-            correction.correct()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip or math.inf)
-        optimizer.step()
-        read()
-        unread = loss.detach().double() * share, norm
-        seen = share * _overlap(logits.detach(), labels) / len(batches)
-        overlap = seen if overlap is None else overlap + seen
+    # Closed, and its thread ended, before whoever prepared the model for these steps puts it back, an error's case too.
+    with closing(_prefetched(samples, parts, seed, device)) as ahead:
+        for step, (indices, rate, (inputs, labels)) in enumerate(zip(batches, rates, ahead, strict=True)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            share = len(parts[step]) / len(indices)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                logits = model(inputs)
+            loss = loss_of(logits.float(), labels[:, None])
+            loss.backward()
+            if count > 1:
+                average_gradients(parameters, share)
+            for correction in corrections:
+                correction.correct()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip or math.inf)
+            optimizer.step()
+            read()
+            unread = loss.detach().double() * share, norm
+            seen = share * _overlap(logits.detach(), labels) / len(batches)
+            overlap = seen if overlap is None else overlap + seen
     read()
     assert overlap is not None  # a round has a step
     mean = torch.tensor(float(np.mean(losses)), dtype=torch.float64, device=device)
@@ -129,7 +131,7 @@ def fit_steps(
 
 def _prefetched(
     samples: Samples, parts: Sequence[Indices], seed: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     """The samples of each step in turn, made one step ahead."""
 
     def make(step: int) -> tuple[Tensor, Tensor]:

@@ -6,27 +6,29 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 @contextmanager
-def frozen_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, linear and convolution layers hold their frozen parameters in `dtype`; afterwards what they held before.
+def frozen_in(model: nn.Module, dtype: torch.dtype | None, pack: bool = False) -> Iterator[None]:
+    """Inside, linear and convolution layers have their frozen parameters in `dtype`; afterwards all is as before.
 
     Autocast would bring them to it anew in every step, to the same values: it keeps the casts of trained parameters
-    only. On a CPU that multiplies bf16 natively, frozen linear layers are packed too: in the blocks that oneDNN reads,
-    which it would else bring them into for every product, and with the bias added inside of it. Costs the memory of the
-    copies: half the frozen weights, and as much again for the backward pass of packed ones. Not for two threads at once
-    on one model.
+    only. Costs the memory of the copies, half the frozen weights. Not for two threads at once on one model.
 
     Args:
         model: its trained parameters, norms, tables and tokens are left alone.
-        dtype: of the forward pass's autocast; None, for fp32, does nothing.
+        dtype: of the forward pass's autocast, which is on while the model is called; None, for fp32, does nothing.
+        pack: frozen linear layers are packed instead, on a CPU that multiplies bf16 natively: into the blocks that
+            oneDNN reads, which it would else make for every product, and with the bias added inside of the product.
+            Each layer pays for it when it is first called, and once more in its first backward pass, which has a copy
+            of its own: it is worth it from some dozen steps on.
     """
     if dtype is None:
         yield
         return
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    packed = [layer for layer in layers if _can_be_packed(layer, dtype)]
+    packed = [layer for layer in layers if pack and _can_be_packed(layer, dtype)]
     others = [layer for layer in layers if layer not in packed]
     frozen = [one for layer in others for one in layer.parameters(recurse=False) if not one.requires_grad]
     before = [parameter.data for parameter in frozen]
@@ -52,17 +54,18 @@ def _can_be_packed(layer: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Linear]
     """Whether it is a frozen linear layer, as torch has it, for a CPU's bf16 products."""
     return (
         type(layer) is nn.Linear
+        and "forward" not in vars(layer)
         and dtype is torch.bfloat16
         and not any(one.requires_grad or one.device.type != "cpu" for one in layer.parameters())
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and multiplies_bf16()
+        and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
     )
 
 
 class _Packed:
     """The weights of a frozen linear layer in the order of oneDNN: of each direction, once it is asked for.
 
-    torch has no public name for these two operations; its own compiler calls them.
+    torch has no public name for the two operations, which its own compiler calls: without them nothing is packed.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -108,5 +111,6 @@ class _Product(torch.autograd.Function):
         return packed.product(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.packed.transposed_product(gradient), None

@@ -12,6 +12,7 @@ from support.federations import small_cohort
 from fedsam_core.data.slices import SliceConfig, SliceDataset
 from fedsam_core.learning.config import LearningConfig
 from fedsam_core.learning.learner import Fit, Learner
+from fedsam_core.sam import casting
 from fedsam_core.sam.adapters import adapt, shared_state
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter
 from fedsam_core.sam.casting import frozen_in
@@ -84,6 +85,16 @@ def test_frozen_weights_held_in_bf16_give_the_bits_that_autocast_gives(cases: li
         gradients.append([p.grad for p in site.segmenter.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
     assert held == {name: (value.data_ptr(), value.dtype) for name, value in site.segmenter.named_parameters()}
+
+
+@pytest.mark.parametrize("selection", ["last", "flap"])
+def test_packed_weights_change_no_update(cases: list[Any], selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    switches: list[dict[str, Any]] = [{}, {"checkpointing": True}, {"cache_views": 1}]
+    packed = [fit(learner(cases, selection, augment=False, precision="bf16", **switch)).update for switch in switches]
+    monkeypatch.setattr(casting, "multiplies_bf16", lambda: False)
+    for update, switch in zip(packed, switches, strict=True):
+        plain = fit(learner(cases, selection, augment=False, precision="bf16", **switch)).update
+        assert np.linalg.norm(update - plain) < 0.02 * np.linalg.norm(plain), switch
 
 
 def test_bf16_with_a_cache_stays_close_to_fp32(cases: list[Any]) -> None:

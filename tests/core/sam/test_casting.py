@@ -14,7 +14,7 @@ if not multiplies_bf16():
 
 @contextmanager
 def autocast(model: nn.Module):
-    with torch.autocast("cpu", torch.bfloat16), frozen_in(model, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), frozen_in(model, torch.bfloat16, pack=True):
         yield
 
 
@@ -53,7 +53,7 @@ def test_only_frozen_layers_are_packed_and_none_is_left_so() -> None:
     packed: list[bool] = []
 
     def fail() -> None:
-        with frozen_in(model, torch.bfloat16):
+        with frozen_in(model, torch.bfloat16, pack=True):
             held.extend(layer.weight.dtype for layer in model)
             packed.extend("forward" in vars(layer) for layer in model)
             raise KeyboardInterrupt
@@ -64,13 +64,40 @@ def test_only_frozen_layers_are_packed_and_none_is_left_so() -> None:
     assert held == [torch.float32, torch.float32, torch.bfloat16]
     assert not any("forward" in vars(layer) for layer in model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    with frozen_in(model, None):
+    with frozen_in(model, None, pack=True):
         assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_a_packed_layer_is_left_alone_by_whoever_comes_after() -> None:
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    with frozen_in(layer, torch.bfloat16, pack=True):
+        outer = vars(layer)["forward"]
+        with frozen_in(layer, torch.bfloat16, pack=True):
+            assert vars(layer)["forward"] == outer
+        assert vars(layer)["forward"] == outer
+    assert "forward" not in vars(layer)
+
+
+def test_a_torch_without_the_operations_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    with frozen_in(layer, torch.bfloat16, pack=True):
+        assert "forward" not in vars(layer)
+        assert layer.weight.dtype is torch.bfloat16
+
+
+def test_a_gradients_gradient_is_refused() -> None:
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    x = torch.ones(1, 8, requires_grad=True)
+    with frozen_in(layer, torch.bfloat16, pack=True):
+        (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def test_a_layer_whose_input_needs_no_gradient_is_packed_for_one_direction() -> None:
     layer = nn.Linear(8, 8).requires_grad_(False)
-    with frozen_in(layer, torch.bfloat16):
+    with frozen_in(layer, torch.bfloat16, pack=True):
         layer(torch.ones(1, 8))
         packed = vars(layer)["forward"].__self__
         assert packed._packed is not None
@@ -81,5 +108,5 @@ def test_weights_that_change_between_two_times_are_packed_anew() -> None:
     layer = nn.Linear(4, 4, bias=False).requires_grad_(False)
     for value in (1.0, 3.0):
         layer.weight.fill_(value)
-        with frozen_in(layer, torch.bfloat16):
+        with frozen_in(layer, torch.bfloat16, pack=True):
             assert torch.equal(layer(torch.ones(1, 4)), torch.full((1, 4), 4 * value, dtype=torch.bfloat16))
