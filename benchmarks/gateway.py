@@ -114,7 +114,7 @@ def main() -> None:
             "model": {"backbone": "vit_t", "image_size": 112},
             "rank": 8,
             "slices": {"context_mm": 1.0, "augment": False},
-            "learning": {"local_steps": options.steps, "learning_rate": 3e-3},
+            "learning": {"local_steps": options.steps, "learning_rate": 6e-3},
             "federation": {
                 "rounds": options.rounds,
                 "roster": str(consortium.roster),

@@ -1,5 +1,6 @@
 """The one training loop: processes that share a batch take the step that the mean of their gradients gives."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,10 @@ def test_a_group_of_one_is_a_process_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_told_with_who_and_when() -> None:
-    with pytest.raises(TrainingError, match=r"site north: .* is not finite in round 3, step 2.*learning_rate"):
+    with pytest.raises(TrainingError, match=r"site north: .* is not finite in round 3, step 2.*learning_rate") as told:
         take([BATCH] * 4, rate=1e38)
+    # No thread goes on with the model, not while somebody looks at the error either.
+    assert told.tb is not None
+    assert not [one for one in threading.enumerate() if one.name.startswith("samples")]
     with pytest.raises(TrainingError, match=r"is not finite in round 3, step 2"):  # the last one is looked at too
         take([BATCH] * 2, rate=1e38)
