@@ -33,7 +33,7 @@ UNITS = np.array([-1000.0, 0, 100])  # HU of background and of each class
 class HounsfieldReader(torch.nn.Module):
     """A "model" that knows the truth: the window makes 0, 10/11 and 1 of `UNITS`."""
 
-    classes, image_size = 2, 24
+    classes, image_size, device = 2, 24, torch.device("cpu")
 
     def __init__(self) -> None:
         super().__init__()
