@@ -31,9 +31,8 @@ class OnnxSegmenter(torch.nn.Module):
 
     def __init__(self, file: Path, classes: int) -> None:
         super().__init__()
-        self.classes = classes
+        self.classes, self.device = classes, torch.device("cpu")
         self.session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        self.nothing = torch.nn.Parameter(torch.zeros(()), requires_grad=False)  # says that this is on the CPU
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         (logits,) = self.session.run(None, {self.session.get_inputs()[0].name: images.numpy()})
