@@ -99,7 +99,7 @@ def step_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         for repeat in range(options.repeats + 1):  # in turn, so that what else the machine does falls on all alike
             for variant, (run, _) in runs.items():
                 clock, cpu = run()
-                slices = options.batch * (min(PLAIN_STEPS, options.steps) if variant == "plain" else options.steps)
+                slices = options.batch * steps_of(variant, options)
                 if repeat:  # the first one fills caches, the allocator's too
                     times[variant].append((1000 * clock / slices, 1000 * cpu / slices))
                 elif options.device.type == "cuda":
@@ -154,6 +154,11 @@ def runs_of(
     return found
 
 
+def steps_of(variant: str, options: argparse.Namespace) -> int:
+    """Steps of a measurement: the plain loop, slow as it is, does nothing once that more of them would spread."""
+    return min(PLAIN_STEPS, options.steps) if variant == "plain" else options.steps
+
+
 def timed_steps(learner: Learner, state: State) -> tuple[float, float]:
     """Seconds of the clock and of the CPU that the steps of a round take; the same round whenever it is asked for."""
     taken: list[tuple[float, float]] = []
@@ -173,7 +178,7 @@ def plain_loop(learner: Learner, options: argparse.Namespace) -> Callable[[], No
     segmenter = learner.segmenter
     install_official_attention(segmenter)
     trained = [parameter for parameter in segmenter.parameters() if parameter.requires_grad]
-    batches = learner._draw_batches(np.random.default_rng(0), min(PLAIN_STEPS, options.steps))
+    batches = learner._draw_batches(np.random.default_rng(0), steps_of("plain", options))
 
     def loop() -> None:
         optimizer = torch.optim.AdamW(trained)

@@ -28,8 +28,8 @@ def frozen_in(model: nn.Module, dtype: torch.dtype | None, pack: bool = False) -
         yield
         return
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    packed = [layer for layer in layers if pack and _can_be_packed(layer, dtype)]
-    others = [layer for layer in layers if layer not in packed]
+    packed = [layer for layer in layers if _can_be_packed(layer)] if pack and _packs(dtype) else []
+    others = set(layers).difference(packed)
     frozen = [one for layer in others for one in layer.parameters(recurse=False) if not one.requires_grad]
     before = [parameter.data for parameter in frozen]
     try:
@@ -50,15 +50,18 @@ def multiplies_bf16() -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def _can_be_packed(layer: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
-    """Whether it is a frozen linear layer, as torch has it, for a CPU's bf16 products."""
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this CPU and this torch have products of packed weights in the dtype."""
+    names = ("_linear_pointwise", "_reorder_linear_weight")
+    return dtype is torch.bfloat16 and multiplies_bf16() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+def _can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a frozen linear layer, as torch has it, on a CPU."""
     return (
         type(layer) is nn.Linear
         and "forward" not in vars(layer)
-        and dtype is torch.bfloat16
         and not any(one.requires_grad or one.device.type != "cpu" for one in layer.parameters())
-        and multiplies_bf16()
-        and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
     )
 
 

@@ -89,8 +89,12 @@ def test_frozen_weights_held_in_bf16_give_the_bits_that_autocast_gives(cases: li
 
 @pytest.mark.parametrize("selection", ["last", "flap"])
 def test_packed_weights_change_no_update(cases: list[Any], selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Size] = []
+    reordered = casting._reordered
+    monkeypatch.setattr(casting, "_reordered", lambda weight: made.append(weight.shape) or reordered(weight))
     switches: list[dict[str, Any]] = [{}, {"checkpointing": True}, {"cache_views": 1}]
     packed = [fit(learner(cases, selection, augment=False, precision="bf16", **switch)).update for switch in switches]
+    assert bool(made) == casting.multiplies_bf16()
     monkeypatch.setattr(casting, "multiplies_bf16", lambda: False)
     for update, switch in zip(packed, switches, strict=True):
         plain = fit(learner(cases, selection, augment=False, precision="bf16", **switch)).update
