@@ -1,4 +1,4 @@
-# Plans of the laboratory against a mocked provider: one site, three on one GPU, six without.
+# Plans of the laboratory against a mocked provider: one site, three on one GPU, six without; and its budget.
 
 mock_provider "aws" {
   mock_data "aws_iam_policy_document" {
@@ -118,4 +118,27 @@ run "half_a_gpu" {
   }
 
   expect_failures = [var.gpus]
+}
+
+# The server of tests/infra cannot hold a budget.
+run "the_budget_counts_the_clusters_tag_and_tells_at_80_and_100_percent" {
+  command = plan
+
+  module {
+    source = "../modules/base"
+  }
+
+  variables {
+    secrets = { ray-token = "token" }
+  }
+
+  assert {
+    condition     = [for one in aws_budgets_budget.month.cost_filter : [one.name, one.values]] == [["TagKeyValue", tolist([format("user:Fedsam$%s", "lab")])]]
+    error_message = "the budget counts something else"
+  }
+
+  assert {
+    condition     = { for one in aws_budgets_budget.month.notification : one.notification_type => one.threshold } == { ACTUAL = 80, FORECASTED = 100 }
+    error_message = "the budget tells at other percents"
+  }
 }

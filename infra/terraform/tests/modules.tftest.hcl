@@ -1,4 +1,4 @@
-# Single modules: wrong inputs, refused with a reason, and the budget, which the server of tests/infra cannot hold.
+# Wrong inputs of single modules, refused with a reason.
 
 mock_provider "aws" {
   mock_data "aws_iam_policy_document" {
@@ -18,16 +18,6 @@ mock_provider "aws" {
   }
 }
 
-# See lab.tftest.hcl.
-provider "aws" {
-  alias                       = "secrets"
-  region                      = "eu-central-1"
-  access_key                  = "none"
-  secret_key                  = "none"
-  skip_credentials_validation = true
-  skip_requesting_account_id  = true
-  skip_metadata_api_check     = true
-}
 
 run "addresses_that_are_none" {
   command = plan
@@ -89,34 +79,6 @@ run "a_bucket_with_dots" {
   }
 
   expect_failures = [var.bucket]
-}
-
-run "the_budget_counts_the_clusters_tag_and_tells_at_80_and_100_percent" {
-  command = plan
-
-  module {
-    source = "../modules/base"
-  }
-
-  variables {
-    name               = "lab"
-    bucket             = "kidneys-consortium"
-    ami                = "ami-0123456789abcdef0"
-    alarm_email        = "ops@hospital.example"
-    monthly_budget_usd = 100
-    secrets            = { ray-token = "token" }
-    secrets_version    = null
-  }
-
-  assert {
-    condition     = [for one in aws_budgets_budget.month.cost_filter : [one.name, one.values]] == [["TagKeyValue", tolist([format("user:Fedsam$%s", "lab")])]]
-    error_message = "the budget counts something else"
-  }
-
-  assert {
-    condition     = { for one in aws_budgets_budget.month.notification : one.notification_type => one.threshold } == { ACTUAL = 80, FORECASTED = 100 }
-    error_message = "the budget tells at other percents"
-  }
 }
 
 run "idle_for_longer_than_cloudwatch_looks_back" {
