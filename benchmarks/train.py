@@ -44,7 +44,7 @@ from fedsam_core.learning.device import describe_device, pick_device
 from fedsam_core.learning.learner import Learner
 from fedsam_core.learning.steps import fit_steps
 from fedsam_core.sam.adapters import State, adapt, shared_state
-from fedsam_core.sam.attention import SplitAttention, attend
+from fedsam_core.sam.attention import SplitAttention
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter
 from fedsam_core.sam.geometry import BACKBONES
 from fedsam_core.sam.segmenter import SamSegmenter
@@ -295,13 +295,9 @@ class WithKernel(nn.Module):
         self.layers = [layers]
 
     def forward(self, x: Tensor) -> Tensor:
-        from fedsam_core.sam import attention
-
-        attention.attend = kernel
-        try:
+        where = "fedsam_core.sam.attention"
+        with patch(f"{where}.attend", kernel), patch(f"{where}.written_out", lambda *_: False):
             return self.layers[0](x)  # type: ignore[no-any-return]
-        finally:
-            attention.attend = attend
 
 
 def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from fedsam_core.sam.casting import multiplies_bf16
+from fedsam_core.sam.onednn import multiplies_bf16
 
 
 def pick_device() -> torch.device:
