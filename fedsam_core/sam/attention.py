@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedsam_core.sam.onednn import multiplies_bf16, softmax
+from fedsam_core.sam import onednn
 
 
 class SplitAttention(nn.Module):
@@ -106,13 +106,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def written_out(q: Tensor, rows: Tensor, columns: Tensor) -> bool:
     """Whether `_Folded` takes the place of `folded`: in bf16 on a CPU for it, where no gradient of a table is asked."""
     learned = torch.is_grad_enabled() and (rows.requires_grad or columns.requires_grad)
-    return q.dtype is torch.bfloat16 and q.is_cpu and multiplies_bf16() and not learned
+    return q.dtype is torch.bfloat16 and q.is_cpu and onednn.multiplies_bf16() and not learned
 
 
 class _Folded(torch.autograd.Function):
-    """`folded` with its backward pass written out: less is copied, scaled and added, and it takes an eighth less time.
+    """`folded` with its backward pass written out: less is copied, scaled and added, and softmax is oneDNN's.
 
-    The scale goes into the products, so that the tables come divided by it; softmax is oneDNN's.
+    The scale goes into the product of longer vectors, so that the tables, which get no gradient, come divided by it.
     """
 
     @staticmethod
@@ -127,7 +127,7 @@ class _Folded(torch.autograd.Function):
         to_column.copy_(_products(q.movedim(2, 0), columns).permute(1, 3, 2, 0, 4))
         key = torch.cat([_by_head(k), places.expand(batch, heads, -1, -1)], dim=-1).flatten(0, 1)
         query, value = query.flatten(0, 1).flatten(1, 2), _by_head(v).flatten(0, 1)
-        shares = softmax(_scaled(query, key.transpose(1, 2), scale))
+        shares = onednn.softmax_(_scaled(query, key.transpose(1, 2), scale))
         ctx.save_for_backward(query, key, value, shares, rows, columns)
         ctx.shape, ctx.scale = q.shape, scale
         return _by_token(shares @ value, q.shape).flatten(-2)
@@ -167,5 +167,5 @@ def _by_token(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Scale times the product of [N, i, j] and [N, j, k]."""
+    """Scale times the product of [N, i, j] and [N, j, k]; what beta weighs, here with nothing, has to be given."""
     return torch.baddbmm(left.new_zeros(1), left, right, beta=0, alpha=scale)

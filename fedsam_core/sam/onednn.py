@@ -1,4 +1,4 @@
-"""bf16 on a CPU that multiplies it natively, by functions of oneDNN's that torch's layers do not call."""
+"""bf16 on a CPU: whether it multiplies it natively, and functions of oneDNN's for it that torch's layers do not call."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_PIECE = 2**19  # values of bf16: 1 MiB
 
 
 def multiplies_bf16() -> bool:
@@ -25,13 +27,14 @@ def packed(model: nn.Module) -> Iterator[set[nn.Module]]:
 
     Each layer pays for the packing when it is first called, and once more in its first backward pass, which has a copy
     of its own: it is worth it from some dozen steps on. Where the CPU has no unit for bf16, and with a torch that lacks
-    the two operations, nothing is done. Layers whose `forward` others have replaced are left alone.
+    the two operations, nothing is done. Layers whose `forward` others have replaced are left alone. With gradient
+    checkpointing the backward pass belongs inside too, as it calls the layers again.
 
     Yields:
         the linear layers that are packed.
     """
     modules = list(model.modules()) if _packs() else []
-    layers = [module for module in modules if _can_be_packed(module)]
+    layers = {module for module in modules if _can_be_packed(module)}
     adapted = [module for module in modules if _adds_in_place(module) and module.base_layer in layers]
     try:
         for layer in layers:
@@ -44,10 +47,16 @@ def packed(model: nn.Module) -> Iterator[set[nn.Module]]:
             module.__dict__.pop("forward", None)
 
 
-def softmax(scores: Tensor) -> Tensor:
-    """Of bf16 [..., T] over the last axis, without a gradient: torch's own function takes 1.7 times as long."""
-    shares: Tensor = scores.to_mkldnn().softmax(dim=-1).to_dense()
-    return shares
+def softmax_(scores: Tensor) -> Tensor:
+    """Of contiguous bf16 [..., T] over the last axis, in place, without a gradient.
+
+    Takes 0.6 of the time of torch's own function at T = 196, 0.9 from 1,024 on. oneDNN's wants tensors of its layout:
+    copies of pieces stay in the processor's cache, and no second matrix of that size is needed.
+    """
+    rows = scores.view(-1, scores.shape[-1])
+    for piece in torch.split(rows, max(1, _PIECE // scores.shape[-1])):
+        piece.copy_(piece.to_mkldnn().softmax(dim=-1).to_dense())
+    return scores
 
 
 def _packs() -> bool:
@@ -68,18 +77,19 @@ def _can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
 def _adds_in_place(layer: nn.Module) -> TypeGuard[LoraLinear]:
     """Whether it is PEFT's layer with one LoRA that is y + scaling B A x and no more, as `adapt` puts it there.
 
-    A factor that is trained (lora.scale) is more.
+    Hooks of its parts, which would not be called, are more: lora.scale is one.
     """
     if type(layer) is not LoraLinear or "forward" in vars(layer) or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
+    parts = (layer.base_layer, layer.lora_A[name], layer.lora_B[name])
     return not (
         layer.merged
         or layer.disable_adapters
         or name in layer.lora_variant
         or layer.lora_bias[name]
         or not isinstance(layer.lora_dropout[name], nn.Identity)
-        or hasattr(layer, "lora_scale")
+        or any(part._forward_hooks or part._forward_pre_hooks for part in parts)
     )
 
 
@@ -143,12 +153,12 @@ class _Adapted:
     def __init__(self, layer: LoraLinear) -> None:
         (name,) = layer.active_adapters
         self.base: _Packed = vars(layer.base_layer)["forward"].__self__
-        self.down, self.up = layer.lora_A[name], layer.lora_B[name]
+        self.down, self.up = (layer.get_parameter(f"{factor}.{name}.weight") for factor in ("lora_A", "lora_B"))
         self.scaling: float = layer.scaling[name]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to bf16 [..., out]."""
-        operands = (one.to(torch.bfloat16) for one in (x, self.down.weight, self.up.weight))
+        operands = [one.to(torch.bfloat16).contiguous() for one in (x, self.down, self.up)]
         product: Tensor = _AdaptedProduct.apply(*operands, self.base, self.scaling)
         return product
 
@@ -158,11 +168,11 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: _Packed, scaling: float) -> Tensor:
-        narrow = x.flatten(0, -2) @ down.T
+        narrow = _rows(x) @ down.T
         ctx.save_for_backward(x, down, up, narrow)
         ctx.base, ctx.scaling = base, scaling
         y = base.product(x)
-        y.flatten(0, -2).addmm_(narrow, up.T, alpha=scaling)
+        _rows(y).addmm_(narrow, up.T, alpha=scaling)
         return y
 
     @staticmethod
@@ -170,14 +180,19 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, down, up, narrow = ctx.saved_tensors
         gradient = gradient.contiguous()
-        rows = gradient.flatten(0, -2)
-        to_narrow = (rows @ up).mul_(ctx.scaling)
         to_x = to_down = to_up = None
+        if any(ctx.needs_input_grad[:2]):
+            to_narrow = (_rows(gradient) @ up).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
             to_x = ctx.base.transposed_product(gradient)
-            to_x.flatten(0, -2).addmm_(to_narrow, down)
+            _rows(to_x).addmm_(to_narrow, down)
         if ctx.needs_input_grad[1]:
-            to_down = to_narrow.T @ x.flatten(0, -2)
+            to_down = to_narrow.T @ _rows(x)
         if ctx.needs_input_grad[2]:
-            to_up = (rows.T @ narrow).mul_(ctx.scaling)
+            to_up = (_rows(gradient).T @ narrow).mul_(ctx.scaling)
         return to_x, to_down, to_up, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Contiguous [..., n] as [N, n], on the same memory."""
+    return x.view(-1, x.shape[-1])
