@@ -1,4 +1,4 @@
-"""bf16 on a CPU: whether it multiplies it natively, and functions of oneDNN's for it that torch's layers do not call."""
+"""bf16 on a CPU: whether it multiplies it natively, and oneDNN's functions for it that torch's layers do not call."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
