@@ -82,6 +82,8 @@ def _adds_in_place(layer: nn.Module) -> TypeGuard[LoraLinear]:
     if type(layer) is not LoraLinear or "forward" in vars(layer) or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
+    if name not in layer.lora_A:
+        return False
     parts = (layer.base_layer, layer.lora_A[name], layer.lora_B[name])
     return not (
         layer.merged

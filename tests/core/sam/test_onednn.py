@@ -170,7 +170,7 @@ def test_the_first_layers_input_gets_no_gradient_and_lora_does() -> None:
     assert model.adapted.lora_A["default"].weight.grad is not None
 
 
-@pytest.mark.parametrize("case", ["dora", "dropout", "bias", "merged", "disabled", "two", "hook"])
+@pytest.mark.parametrize("case", ["dora", "dropout", "bias", "merged", "disabled", "two", "elsewhere", "hook"])
 def test_lora_that_does_more_is_left_to_peft(case: str) -> None:
     torch.manual_seed(0)
     options = {"dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}, "bias": {"lora_bias": True}}
@@ -183,6 +183,9 @@ def test_lora_that_does_more_is_left_to_peft(case: str) -> None:
     elif case == "two":
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["adapted"]), model, "other")
         layer.set_adapter(["default", "other"])
+    elif case == "elsewhere":
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["last"]), model, "other")
+        layer.set_adapter("other")
     elif case == "hook":
         layer.lora_A["default"].register_forward_hook(lambda module, inputs, output: 2 * output)
     with autocast(model):
