@@ -1,7 +1,7 @@
 """SAM's mask decoder without prompts: a batch of image embeddings to one mask a token."""
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
@@ -49,6 +49,20 @@ def raster_order(side: int, stages: int) -> Tensor:
     return tree.permute(*range(0, tree.dim(), 2), *range(1, tree.dim(), 2)).flatten()
 
 
+class _Reordered(torch.autograd.Function):
+    """x [B, N, c] with row `order[n]` in place n. Autograd would add a gradient's rows to zeros, as if two could meet."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return gradient.index_select(1, back), None, None
+
+
 class ClassDecoder(MaskDecoder):  # type: ignore[misc]
     """The official decoder (same modules and names) called for a batch at once, with FLAP's or SAM's own upscaling.
 
@@ -64,6 +78,7 @@ class ClassDecoder(MaskDecoder):  # type: ignore[misc]
     """
 
     order: Tensor
+    order_back: Tensor
 
     def __init__(self, tokens: int, head: HeadLayout, outputs: int, side: int) -> None:
         super().__init__(
@@ -85,7 +100,9 @@ class ClassDecoder(MaskDecoder):  # type: ignore[misc]
             layers.append(nn.GELU())
         self.output_upscaling = nn.Sequential(*layers)
         self.output_hypernetworks_mlps = nn.ModuleList(MLP(CHANNELS, CHANNELS, widths[-1], 3) for _ in range(tokens))
-        self.register_buffer("order", raster_order(side, len(widths) - 1), persistent=False)
+        order = raster_order(side, len(widths) - 1)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("order_back", order.argsort(), persistent=False)
 
     def forward(self, embeddings: Tensor, positions: Tensor, no_mask: Tensor) -> Tensor:
         """Masks of the first `outputs` tokens. The predicted quality (IoU) is not computed: nothing here asks for it.
@@ -104,5 +121,5 @@ class ClassDecoder(MaskDecoder):  # type: ignore[misc]
         upscaled = self.output_upscaling(pixels).flatten(1, -2)
         hypernetworks = itertools.islice(self.output_hypernetworks_mlps, self.outputs)
         hyper = torch.stack([network(tokens[:, 1 + i]) for i, network in enumerate(hypernetworks)], dim=1)
-        masks = (upscaled @ hyper.transpose(1, 2)).index_select(1, self.order).transpose(1, 2).contiguous()
-        return masks.unflatten(2, (self.side, self.side))  # type: ignore[no-any-return]
+        masks = _Reordered.apply(upscaled @ hyper.transpose(1, 2), self.order, self.order_back)
+        return masks.transpose(1, 2).contiguous().unflatten(2, (self.side, self.side))  # type: ignore[no-any-return]

@@ -126,7 +126,7 @@ class _Packed:
 
 
 def _reordered(weight: Tensor) -> Tensor:
-    made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16).contiguous())
+    made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16))
     return made
 
 

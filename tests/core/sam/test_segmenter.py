@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fedsam_core.errors import SelectionError
 from fedsam_core.sam.backbones import ModelConfig, build_segmenter
 from fedsam_core.sam.checkpoints import fuse_qkv, official_state_dict
+from fedsam_core.sam.decoder import _Reordered, raster_order
 from fedsam_core.sam.segmenter import SamSegmenter
 from fedsam_core.selection import LayerSelection, preset
 
@@ -197,3 +198,14 @@ def test_autocast_stays_close_to_fp32() -> None:
 def test_image_size_must_fit_the_patches(image_size: int) -> None:
     with pytest.raises(ValidationError, match="multiple of 16: use"):
         ModelConfig(image_size=image_size)
+
+
+def test_pixels_put_in_place_and_their_gradients_put_back() -> None:
+    order = raster_order(3, 2)
+    x, weights = torch.randn(2, len(order), 5, requires_grad=True), torch.randn(2, len(order), 5)
+    found = []
+    for placed in (_Reordered.apply(x, order, order.argsort()), x.index_select(1, order)):
+        (gradient,) = torch.autograd.grad((placed * weights).sum(), x)
+        found.append((placed.detach(), gradient))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
