@@ -50,7 +50,7 @@ def raster_order(side: int, stages: int) -> Tensor:
 
 
 class _Reordered(torch.autograd.Function):
-    """x [B, N, c] with row `order[n]` in place n. Autograd would add the gradient to zeros, as if two rows could meet."""
+    """x [B, N, c] with row `order[n]` in place n. Autograd would add its gradient to zeros, as if rows could meet."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
