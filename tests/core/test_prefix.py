@@ -92,15 +92,17 @@ def test_packed_weights_change_no_update(cases: list[Any], selection: str, monke
     made: list[torch.Size] = []
     reordered = onednn._reordered
     monkeypatch.setattr(onednn, "_reordered", lambda weight: made.append(weight.shape) or reordered(weight))
-    # AdamW divides by the gradient's own size: where that is nearly zero, its last bits decide the step's sign.
-    settings: dict[str, Any] = {"augment": False, "precision": "bf16", "optimizer": "sgd", "learning_rate": 0.1}
+    exact = fit(learner(cases, selection, augment=False)).update
+    settings: dict[str, Any] = {"augment": False, "precision": "bf16"}
     switches: list[dict[str, Any]] = [{}, {"checkpointing": True}, {"cache_views": 1}]
     packed = [fit(learner(cases, selection, **settings, **switch)).update for switch in switches]
     assert bool(made) == onednn.multiplies_bf16()
     monkeypatch.setattr(onednn, "multiplies_bf16", lambda: False)
     for update, switch in zip(packed, switches, strict=True):
         plain = fit(learner(cases, selection, **settings, **switch)).update
-        assert np.linalg.norm(update - plain) < 1e-3 * np.linalg.norm(plain), switch
+        # AdamW divides by the gradient's own size: where that is nearly zero, its last bits decide the step's sign.
+        assert np.linalg.norm(update - plain) < 0.4 * np.linalg.norm(plain - exact), switch
+        assert np.linalg.norm(plain - exact) < 0.2 * np.linalg.norm(exact), switch
 
 
 @pytest.mark.parametrize("selection", ["last", "flap"])
@@ -127,9 +129,13 @@ def test_gradients_of_packed_weights_are_as_near_to_fp32s_as_plain_bf16s(
     plain = gradients(torch.bfloat16)
     assert exact.keys() == packed.keys() == plain.keys()
 
-    def apart(found: dict[str, torch.Tensor]) -> float:
-        return float(np.median([((value - exact[name]).norm() / exact[name].norm()) for name, value in found.items()]))
+    def each_apart(found: dict[str, torch.Tensor]) -> list[float]:
+        return [float((value - exact[name]).norm() / exact[name].norm()) for name, value in found.items()]
 
+    def apart(found: dict[str, torch.Tensor]) -> float:
+        return float(np.median(each_apart(found)))
+
+    assert max(each_apart(packed)) < 0.5
     assert apart(packed) < 2 * apart(plain) < 0.1  # over other draws of B, now one is nearer and now the other
 
 
