@@ -80,8 +80,8 @@ def folded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, place
     by_row = _products(q.movedim(2, 0), rows).movedim(0, 2)
     by_column = _products(q.movedim(3, 0), columns).movedim(0, 3)
     query = torch.cat([q * scale, by_row, by_column], dim=-1).flatten(2, 3)
-    key = torch.cat([k.flatten(1, 2).transpose(1, 2), places.expand(batch, heads, -1, -1)], dim=-1)
-    out = attend(query, key, v.flatten(1, 2).transpose(1, 2))
+    key = torch.cat([_by_head(k), places.expand(batch, heads, -1, -1)], dim=-1)
+    out = attend(query, key, _by_head(v))
     return out.transpose(1, 2).reshape(batch, height, width, -1)
 
 
